@@ -43,6 +43,13 @@ RECIPE = {
     "clip_norm": 1.0,
 }
 LOG_EVERY = 50
+SCALARS = {  # the Trainer's names -> this project's
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/gradient_norm",
+    "eval_loss": "test/loss",
+    "eval_accuracy": "test/accuracy",
+}
 
 
 def read_snippets(path: pathlib.Path) -> tuple[list[dict], list[dict]]:
@@ -71,14 +78,6 @@ def tokenise(rows: list[dict], tokenizer) -> list[dict]:
 class Recorder(transformers.TrainerCallback):
     """Keeps the logged scalars under this project's names, and the time at which steps end."""
 
-    NAMES = {
-        "loss": "train/loss",
-        "learning_rate": "train/learning_rate",
-        "grad_norm": "train/gradient_norm",
-        "eval_loss": "test/loss",
-        "eval_accuracy": "test/accuracy",
-    }
-
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.path.write_text("")
@@ -88,7 +87,7 @@ class Recorder(transformers.TrainerCallback):
         self.step_ends.append(time.perf_counter())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        named = {self.NAMES[key]: float(value) for key, value in logs.items() if key in self.NAMES}
+        named = {SCALARS[key]: float(value) for key, value in logs.items() if key in SCALARS}
         if named:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **named}) + "\n")
