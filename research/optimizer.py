@@ -94,7 +94,9 @@ def adamw(
     chain = [optax.stateless(lambda updates, params: trainable(updates))]
     if clip_norm is not None:
         chain.append(optax.clip_by_global_norm(clip_norm))
-    chain.append(optax.scale_by_adam(b1, b2, epsilon))
+    adam = optax.scale_by_adam(b1, b2, epsilon)
+    # A parameter that is frozen altogether needs no moments.
+    chain.append(optax.masked(adam, lambda p: jax.tree.map(lambda v: not np.isscalar(v) or v != 0.0, path_values(p, frozen))) if freeze else adam)
     if weight_decay:
         decay = functools.partial(path_values, rules=tuple((pattern, 0.0) for pattern in no_decay))
         chain.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, p, d: u + weight_decay * d * p, u, p, decay(p))))
@@ -195,7 +197,7 @@ def path_values(params: Params, rules: Rules) -> Params:
 
 def _layer_decay(params: Params, decay: float) -> Params:
     """Returns decay**depth: 0 for a head, 1 for the last layer, and one more than layers for what comes before them."""
-    stacks = {name for names in jax.tree.leaves(paths(params)) for name in re.findall(r"^(.*?)layers/(\d+)/", names)}
+    stacks = {found for path in jax.tree.leaves(paths(params)) for found in re.findall(r"^(.*?)layers/(\d+)/", path)}
     rules = []
     for prefix in {prefix for prefix, _ in stacks}:
         depth = 1 + max(int(layer) for other, layer in stacks if other == prefix)
@@ -218,7 +220,7 @@ def _scale(factors: Callable[[Params], Params], tree: Params) -> Params:
 
 
 def _check_patterns(key: str, patterns: Sequence[str], params: Params) -> None:
-    names = [name for names in jax.tree.leaves(paths(params)) for name in ([names] if isinstance(names, str) else names)]
+    names = jax.tree.leaves(paths(params))
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f"optimizer.{key}: '{pattern}' finds no parameter{nearest(pattern, names)}")
