@@ -31,11 +31,13 @@ def build(node: Any, name: str, /, **context: Any) -> Any:
 
 def invoke(target: Callable[..., Any], arguments: Mapping[str, Any], name: str, /, **context: Any) -> Any:
     """Calls `target`; an unknown, missing or mistyped argument is a UserError that says which."""
-    parameters = {k: p for k, p in inspect.signature(target).parameters.items() if k not in ("parent", "name")}
+    every = {k: p for k, p in inspect.signature(target).parameters.items() if k not in ("parent", "name")}
+    parameters = {k: p for k, p in every.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in every.values())  # and checks their names itself
     arguments = {k: context[k] for k in parameters if k in context} | dict(arguments)
     called = getattr(target, "__qualname__", str(target))
     for key in arguments:
-        if key not in parameters:
+        if key not in parameters and not takes_any:
             raise UserError(f"{name}.{key}: {called} takes no '{key}'{nearest(key, parameters)}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from research.errors import UserError
+from research.errors import UserError, nearest
 from research.step import TrainState
 
 
@@ -137,6 +137,16 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps that were saved, ascending."""
         return sorted(self._manager.all_steps())
+
+    def ranking(self, metrics: Mapping[str, float]) -> float:
+        """Returns the value that checkpoints are ranked by."""
+        if self.best not in metrics:
+            raise UserError(f"config.checkpoint.best: no evaluation gives '{self.best}'{nearest(str(self.best), metrics)}")
+        return metrics[self.best]
+
+    def better(self, value: float, other: float) -> bool:
+        """Returns whether a value ranks above another."""
+        return value > other if self.mode == "max" else value < other
 
     def best_step(self) -> int | None:
         """Returns the step with the best metric so far, or None."""

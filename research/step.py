@@ -29,10 +29,15 @@ class TrainState:
     rng: jax.Array
 
 
-def init_state(task: Task, optimizer: Optimizer, spec: Spec, seed: int) -> TrainState:
-    """Returns the state before the first step; pure, so that it can be shape-evaluated and jitted with shardings."""
+def init_state(task: Task, optimizer: Optimizer, spec: Spec, seed: int, loaded: Params | None = None) -> TrainState:
+    """Returns the state before the first step; pure, so that it can be shape-evaluated and jitted with shardings.
+
+    `loaded` is a tree like the parameters, with None for those that are to be initialised.
+    """
     init_rng, step_rng = jax.random.split(jax.random.key(seed))
     params = task.init(init_rng, spec)
+    if loaded is not None:
+        params = jax.tree.map(lambda new, old: new if old is None else old, params, loaded)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(step_rng))
 
 
