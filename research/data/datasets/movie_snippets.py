@@ -5,6 +5,7 @@ Media Text"; the snippets are those of Pang and Lee (2004). The file is inside t
 0.5 source package.
 """
 
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,18 +62,18 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
                     yield position, row
 
 
-def read(path: Any) -> Iterator[dict[str, Any]]:
+def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yields the rated snippets of a file of `id TAB rating TAB text` lines, in ascending id.
 
     Raises:
       UserError: a line has other fields; it is named.
     """
-    rows = []
-    with open(path, encoding="utf-8") as file:
+    rows: list[tuple[int, float, str]] = []
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                identity, rating, text = line.rstrip("\r\n").split("\t")
-                rows.append((int(identity), float(rating), text))
+                first, second, text = line.rstrip("\r\n").split("\t")
+                rows.append((int(first), float(second), text))
             except ValueError:
                 raise UserError(f"{path}:{number}: not 'id TAB rating TAB text'") from None
     seen = set()
