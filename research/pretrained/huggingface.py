@@ -183,8 +183,9 @@ def _family(config: Mapping[str, Any]) -> Family:
     model_type = str(config.get("model_type"))
     name = model_type.replace("-", "_")
     if name not in _families():
-        known = ", ".join(_families())
-        raise UserError(f"config.json has model_type '{model_type}', not one of {known}{nearest(name, _families())}")
+        near = nearest(name, _families())
+        known = "" if "there are" in near else f" (there are: {', '.join(_families())})"
+        raise UserError(f"config.json has the unknown model_type '{model_type}'{near}{known}")
     return importlib.import_module(f"research.pretrained.{name}").FAMILY
 
 

@@ -70,8 +70,9 @@ def read(path: pathlib.Path) -> dict[str, Stored]:
     if not isinstance(tensors, dict):
         raise UserError(f"{path} holds a {type(tensors).__name__}, not a dict of tensors")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Stored):
-            raise UserError(f"{path} holds {name!r}, a {type(tensor).__name__}: save the model's state_dict alone")
+        if not isinstance(name, str) or not isinstance(tensor, Stored):
+            kind = type(tensor).__name__
+            raise UserError(f"{path} holds {name!r} of type {kind}, not a named tensor: save the state_dict alone")
     return dict(tensors)
 
 
@@ -125,4 +126,5 @@ def _read_storage(path: pathlib.Path, root: str, storage: _Storage) -> np.ndarra
             raise UserError(f"{path} is damaged: {name} is missing")
         if archive.getinfo(name).file_size < size:
             raise UserError(f"{path} is damaged: {name} has {archive.getinfo(name).file_size} bytes, not {size}")
-        return np.frombuffer(archive.read(name), storage.dtype, storage.size)
+        with archive.open(name) as file:
+            return np.frombuffer(file.read(size), storage.dtype, storage.size)
