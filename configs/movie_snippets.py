@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def data(split: str) -> dict:
     return dict(
         call="research.data.dataset.Dataset",
-        source=dict(call="research.data.source.tfds", name="movie_snippets", split=split),
+        source=dict(call="research.data.source.tfds", dataset="movie_snippets", split=split),
         ops=[dict(call="research.data.text.Tokenize", fields=["text"], max_length=64)],
         features=["input_ids", "attention_mask", "token_type_ids", "label"],
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import typeguard
+from ml_collections import ConfigDict
 
 from research.errors import UserError, nearest
 
@@ -21,7 +22,7 @@ def build(node: Any, name: str, /, **context: Any) -> Any:
       name: of the node, for messages: "config.task.model".
       **context: objects passed to every callable that asks for them by parameter name and is not given them.
     """
-    if isinstance(node, Mapping):
+    if isinstance(node, Mapping | ConfigDict):
         arguments = {key: build(node[key], f"{name}.{key}", **context) for key in node if key != "call"}
         return invoke(locate(node["call"], name), arguments, name, **context) if "call" in node else arguments
     if isinstance(node, list | tuple):

@@ -174,7 +174,7 @@ class Experiment:
 
     def _section(self, key: str) -> dict[str, Any]:
         section = self.config.get(key) or {}
-        if not isinstance(section, Mapping):
+        if not isinstance(section, Mapping | ConfigDict):
             raise UserError(f"config.{key}: {section!r} is not a section")
         return build({k: v for k, v in section.items() if k != "call"}, f"config.{key}") | (
             {"call": section["call"]} if "call" in section else {}
