@@ -20,6 +20,7 @@ repository forward, delete its cached copy, or better, name a commit.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -45,7 +46,7 @@ from pip._internal.commands import create_command
 from pip._vendor.packaging.specifiers import SpecifierSet
 name, version = sys.argv[1:]
 command = create_command("download")
-options, _ = command.parse_args(["--no-deps", "--no-binary=:all:", name])
+options, _ = command.parse_args(["--no-deps", "--no-binary=:all:", "--retries=2", name])
 with command.main_context():
     session = command.get_default_session(options)
     finder = command._build_package_finder(options, session, ignore_requires_python=True)
@@ -174,12 +175,16 @@ def _hub_fetch(uri: str, repo: str, revision: str | None, file: str | None) -> p
 
 
 def _hub_file(repo: str, revision: str | None, file: str) -> pathlib.Path:
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, snapshot_download
 
-    try:
-        return pathlib.Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        return pathlib.Path(hf_hub_download(repo, file, revision=revision))
+    for offline in (True, False):
+        with contextlib.suppress(*(errors.LocalEntryNotFoundError,) * offline):
+            folder = snapshot_download(
+                repo, revision=revision, allow_patterns=[glob.escape(file)], local_files_only=offline
+            )
+            if (path := pathlib.Path(folder, file)).exists():
+                return path
+    raise errors.EntryNotFoundError(file)
 
 
 def _hub_snapshot(repo: str, revision: str | None) -> pathlib.Path:
@@ -209,6 +214,8 @@ def _hub_snapshot(repo: str, revision: str | None) -> pathlib.Path:
             vocabulary = any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
             if _has_weights(folder, weights) and (vocabulary or not offline):
                 return folder
+    if any(folder.glob("*.index.json")):  # the hub could not be reached, and its client gave what it had
+        raise errors.LocalEntryNotFoundError(f"{repo} is cached in part")
     return folder  # a repository without weights: a tokenizer's, for instance
 
 
@@ -255,6 +262,8 @@ def _package(uri: str, scheme: str, rest: str) -> tuple[pathlib.Path, str]:
     digest, tree = _unpacked(uri, scheme, match["name"], match["version"], folder, pinned)
     path = _member(uri, tree, first)
     for member in nested:
+        if not path.is_file():
+            raise UserError(f"'{uri}': '{path.name}' before '!/' is a folder, not an archive")
         path = _member(uri, _unpack(uri, path, _sha256(path)), member)
     return path, f"sha256:{digest}"
 
@@ -282,20 +291,20 @@ def _clients(scheme: str, name: str, version: str) -> list[list[str]]:
         return [["npm", "pack", "--ignore-scripts", f"{name}@{version}"]]
     if scheme == "apt":
         return [["apt-get", "download", f"{name}={version}"]]
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--ignore-requires-python"]
+    pip = [sys.executable, "-m", "pip", "download", "--dest=.", "--no-deps", "--ignore-requires-python"]
     return [
-        [*pip, "--only-binary=:all:", f"{name}=={version}"],
+        [*pip, "--only-binary=:all:", "--retries=2", f"{name}=={version}"],
         [sys.executable, "-c", _PIP_SDIST, name, version],
     ]
 
 
 def _fetch(uri: str, scheme: str, name: str, version: str, folder: pathlib.Path, pinned: str) -> pathlib.Path:
     """Runs the registry's client; returns the archive, moved into `folder` once it is whole."""
-    failures = []
+    failures, other = [], []
     for command in _clients(scheme, name, version):
         with _partial() as partial:
             try:
-                subprocess.run(command, cwd=partial, capture_output=True, text=True, check=True)
+                subprocess.run(command, cwd=partial, capture_output=True, text=True, errors="replace", check=True)
             except FileNotFoundError:
                 failures.append(f"{command[0]} is not installed")
                 continue
@@ -304,15 +313,15 @@ def _fetch(uri: str, scheme: str, name: str, version: str, folder: pathlib.Path,
                 continue
             (archive,) = partial.iterdir()
             digest = _sha256(archive)
-            if digest != (pinned or digest):
-                failures.append(f"{archive.name} has SHA-256 {digest}, expected {pinned}")
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            return archive.replace(folder / archive.name)
-    held = [f"{path.name} there has SHA-256 {_sha256(path)}" for path in sorted(folder.glob("*"))]
+            if digest == (pinned or digest):
+                folder.mkdir(parents=True, exist_ok=True)
+                return archive.replace(folder / archive.name)
+            other.append(f"{archive.name} has SHA-256 {digest}")
+    if other:
+        raise UserError(f"'{uri}': {' and '.join(other)}, expected {pinned}")
     raise UserError(
-        f"cannot fetch '{uri}': {'; '.join([*failures, *held])}; you can also put the archive of "
-        f"{name} {version} into '{folder}'"
+        f"cannot fetch '{uri}': {'; '.join(failures)}; without a network, put the archive of {name} {version} "
+        f"into '{folder}'"
     )
 
 

@@ -48,6 +48,8 @@ class Source:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns one example: text as str, all else as numbers and numpy arrays."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"no example {index} of {len(self)}")
         example = _decode(dict(self.records[index]), self.texts)
         for name in self.multi_hot:
             row = np.zeros(len(self.label_names[name]), np.float32)
@@ -116,7 +118,12 @@ def table(
         quoted=quoted,
         held_out=held_out,
     )
-    return _source(lambda: tables.Table(config=config, data_dir=_data_dir(data_dir)), train, split)
+
+    def make() -> DatasetBuilder:
+        with _quietly():
+            return tables.Table(config=config, data_dir=_data_dir(data_dir))
+
+    return _source(make, train, split)
 
 
 def _data_dir(data_dir: str | None) -> str:
@@ -160,7 +167,8 @@ def _prepare(builder: DatasetBuilder, name: str) -> None:
     own = type(builder).__module__.startswith(datasets.__name__)
     logging.info("preparing %s in %s", name, builder.data_path)
     try:
-        with _quietly(own):
+        # TFDS retries ten times, each after twice the time: minutes where there is no network.
+        with _quietly() if own else mock.patch.object(downloader, "MAX_RETRIES", 3):
             builder.download_and_prepare(file_format="array_record")
     except UserError:
         raise
@@ -174,18 +182,17 @@ def _prepare(builder: DatasetBuilder, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quietly(own: bool) -> Iterator[None]:
-    """Spares the terminal TFDS's progress for our own datasets, and the user minutes of retries for the others."""
-    if not own:
-        with mock.patch.object(downloader, "MAX_RETRIES", 3):  # each waits twice as long as the one before
-            yield
-        return
+def _quietly() -> Iterator[None]:
+    """Spares the terminal TFDS's progress bars, and its warning at every config that is not in its code."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
     tensorflow_datasets.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         tensorflow_datasets.enable_progress_bar()
+        logging.set_verbosity(verbosity)
 
 
 def _elsewhere(name: str, builder: DatasetBuilder) -> str:
