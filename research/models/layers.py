@@ -155,6 +155,8 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; sows the weights [B, H, T, S] as intermediates."""
         batch, length, width = x_BxTxD.shape
+        if width % self.num_heads:
+            raise UserError(f"hidden_size {width} is not a multiple of num_heads {self.num_heads}")
 
         def project(name: str) -> jax.Array:
             y = Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name=name)(x_BxTxD)

@@ -1,0 +1,76 @@
+"""A config node becomes an object: `call` says what to call, the other keys are its keyword arguments."""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import typeguard
+from ml_collections import ConfigDict
+
+from research.errors import UserError, nearest
+
+
+def build(node: Any, name: str, /, **context: Any) -> Any:
+    """Builds a config node and all nodes in it.
+
+    Args:
+      node: a mapping with `call` is built by calling that; other mappings become dicts and sequences tuples.
+      name: of the node, for messages: "config.task.model".
+      **context: objects passed to every callable that asks for them by parameter name and is not given them.
+    """
+    if isinstance(node, Mapping | ConfigDict):
+        arguments = {key: build(node[key], f"{name}.{key}", **context) for key in node if key != "call"}
+        return invoke(locate(node["call"], name), arguments, name, **context) if "call" in node else arguments
+    if isinstance(node, list | tuple):
+        return tuple(build(value, f"{name}[{i}]", **context) for i, value in enumerate(node))
+    return node
+
+
+def invoke(target: Callable[..., Any], arguments: Mapping[str, Any], name: str, /, **context: Any) -> Any:
+    """Calls `target`; an unknown, missing or mistyped argument is a UserError that says which."""
+    every = {k: p for k, p in inspect.signature(target).parameters.items() if k not in ("parent", "name")}
+    parameters = {k: p for k, p in every.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in every.values())  # and checks their names itself
+    arguments = {k: context[k] for k in parameters if k in context} | dict(arguments)
+    called = getattr(target, "__qualname__", str(target))
+    for key in arguments:
+        if key not in parameters and not takes_any:
+            raise UserError(f"{name}.{key}: {called} takes no '{key}'{nearest(key, parameters)}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise UserError(f"{name}.{key}: {called} needs it")
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for key, value in arguments.items():
+        try:
+            typeguard.check_type(value, hints.get(key, Any))
+        except typeguard.TypeCheckError:
+            wanted = str(parameters[key].annotation).removeprefix("<class '").removesuffix("'>")
+            raise UserError(f"{name}.{key}: {value!r} is a {type(value).__name__}, not {wanted}") from None
+    return target(**arguments)
+
+
+def locate(path: str, name: str) -> Callable[..., Any]:
+    """Returns the object at a dotted path such as "research.models.bert.Encoder"."""
+    module, _, attribute = str(path).rpartition(".")
+    try:
+        found = importlib.import_module(module) if module else None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"{name}.call: '{path}' needs the package '{error.name}', which is not here") from None
+        raise UserError(f"{name}.call: no module '{module}'{_nearest_module(error.name)}") from None
+    if not hasattr(found, attribute):
+        public = [k for k, v in vars(found).items() if getattr(v, "__module__", None) == module] if found else []
+        raise UserError(f"{name}.call: no '{attribute}' in '{module}'{nearest(attribute, public)}")
+    return getattr(found, attribute)
+
+
+def _nearest_module(missing: str) -> str:
+    """Suggests a sibling of the first part of a dotted path that could not be imported."""
+    package, _, _ = missing.rpartition(".")
+    path = importlib.import_module(package).__path__ if package else None
+    siblings = [f"{package}.{m.name}".removeprefix(".") for m in pkgutil.iter_modules(path)]
+    return nearest(missing, siblings if package else difflib.get_close_matches(missing, siblings))

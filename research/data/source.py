@@ -1,0 +1,295 @@
+"""Random access to examples: named datasets, the user's own tables, and records that a config lists."""
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import io
+import os
+import pathlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import tensorflow_datasets
+from absl import logging
+from tensorflow_datasets.core import features, naming
+from tensorflow_datasets.core.dataset_builder import DatasetBuilder
+from tensorflow_datasets.core.download import downloader
+
+from research import assets
+from research.data import datasets
+from research.data.datasets import table as tables
+from research.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Examples by position; safe to share between threads and to pickle.
+
+    Attributes:
+      records: the examples as they are stored.
+      label_names: feature -> the names of its classes, in the order of their ids.
+      texts: the features that are text, as a tree: feature -> True, or the tree below it.
+      multi_hot: features that are lists of class ids, given out as float32 [classes] of 0 and 1.
+    """
+
+    records: Sequence[Mapping[str, Any]]
+    label_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    multi_hot: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns one example: text as str, all else as numbers and numpy arrays."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"no example {index} of {len(self)}")
+        example = _decode(dict(self.records[index]), self.texts)
+        for name in self.multi_hot:
+            row = np.zeros(len(self.label_names[name]), np.float32)
+            row[np.asarray(example[name], int)] = 1
+            example[name] = row
+        return example
+
+
+def examples(records: Sequence[Mapping[str, Any]], label_names: Mapping[str, Sequence[str]] | None = None) -> Source:
+    """Returns a source of records that are at hand; `label_names` is feature -> the names of its classes."""
+    names = {name: tuple(classes) for name, classes in (label_names or {}).items()}
+    return Source([dict(record) for record in records], names)
+
+
+def tfds(dataset: str, split: str = "train", data_dir: str | None = None) -> Source:
+    """Returns a split of a named dataset, which is prepared first if it is not there.
+
+    Args:
+      dataset: one of the modules of `research.data.datasets`, or any dataset of TFDS: "glue/sst2".
+      split: as TFDS writes them: "train", "train[:90%]", "train[10%:]+validation".
+      data_dir: where prepared datasets are; `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+
+    Raises:
+      UserError: there is no such dataset or split, or it cannot be prepared here.
+    """
+    if dataset in _own_names():
+        cls = _own_class(dataset)
+        return _source(lambda: cls(data_dir=_data_dir(data_dir)), dataset, split)
+    return _source(lambda: _stock_builder(dataset, _data_dir(data_dir)), dataset, split)
+
+
+def table(
+    train: str,
+    label: str,
+    text: str | Sequence[str] = "text",
+    validation: str | None = None,
+    test: str | None = None,
+    split: str = "train",
+    kind: str = "classification",
+    labels: Sequence[str] = (),
+    separator: str = ",",
+    columns: Sequence[str] = (),
+    quoted: bool | None = None,
+    held_out: float = 0.0,
+    data_dir: str | None = None,
+) -> Source:
+    """Returns a split of the user's own CSV, TSV, JSON-lines or Parquet files.
+
+    The arguments are those of `datasets.table.TableConfig`; `train`, `validation` and `test` are files, anything that
+    `assets.resolve` takes. All files are read, so that all are checked, whichever `split` is asked for. The
+    features are `text`, `text_pair`, `label` and `id`, the line in the file.
+
+    Raises:
+      UserError: a column that is not there, bad rows (by file and line), or settings that do not go together.
+    """
+    files = {"train": train, "validation": validation, "test": test}
+    config = tables.TableConfig(
+        name="",  # becomes a hash of the settings and the files' contents
+        files={name: assets.resolve(path) for name, path in files.items() if path},
+        text=(text,) if isinstance(text, str) else tuple(text),
+        label=label,
+        kind=kind,
+        labels=tuple(str(name) for name in labels),
+        separator=separator,
+        columns=tuple(columns),
+        quoted=quoted,
+        held_out=held_out,
+    )
+
+    def make() -> DatasetBuilder:
+        with _quietly():
+            return tables.Table(config=config, data_dir=_data_dir(data_dir))
+
+    return _source(make, train, split)
+
+
+def _data_dir(data_dir: str | None) -> str:
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return os.path.expanduser(folder)
+
+
+def _source(make: Callable[[], DatasetBuilder], name: str, split: str) -> Source:
+    """Opens a split of the dataset of the builder that `make` makes."""
+    builder = make()
+    if not builder.data_path.exists():
+        _prepare(builder, name)
+        builder = make()  # reads what was prepared, be it by this process or by another one
+    try:
+        records = builder.as_data_source(split)
+    except NotImplementedError:
+        raise UserError(
+            f"'{name}' is prepared in '{builder.data_path}' in a format without random access; "
+            f"{_elsewhere(name, builder)}"
+        ) from None
+    except ValueError as error:
+        asked = re.match(r"\w*", split.strip())
+        if asked and asked[0] in builder.info.splits:
+            raise UserError(f"split: '{split}' is not written like 'train', 'train[:90%]' or 'train+test'") from error
+        hint = nearest(asked[0] if asked else "", builder.info.splits)
+        raise UserError(f"'{name}' has no split '{split}'{hint}") from error
+    return Source(
+        records,
+        _label_names(builder.info.features),
+        _text_tree(builder.info.features) or {},
+        getattr(builder, "multi_hot", ()),
+    )
+
+
+def _prepare(builder: DatasetBuilder, name: str) -> None:
+    """Prepares a dataset.
+
+    TFDS writes into a folder of its own and renames it, so of several processes that start at once one wins, and
+    the others find a dataset that is whole.
+    """
+    own = type(builder).__module__.startswith(datasets.__name__)
+    logging.info("preparing %s in %s", name, builder.data_path)
+    try:
+        # TFDS retries ten times, each after twice the time: minutes where there is no network.
+        with _quietly() if own else mock.patch.object(downloader, "MAX_RETRIES", 3):
+            builder.download_and_prepare(file_format="array_record")
+    except UserError:
+        raise
+    except Exception as error:
+        if builder.data_path.exists():
+            return
+        if own:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"cannot prepare '{name}' here ({reason}); {_elsewhere(name, builder)}") from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Spares the terminal TFDS's progress bars, and its warning at every config that is not in its code."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tensorflow_datasets.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tensorflow_datasets.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+
+
+def _elsewhere(name: str, builder: DatasetBuilder) -> str:
+    root = pathlib.Path(builder.data_path)
+    return (
+        "where there are a network and TensorFlow run "
+        f"`tfds build {name} --file_format=array_record` and copy what it wrote to '{root}'"
+    )
+
+
+def _own_names() -> list[str]:
+    """The datasets of ours that are known by name alone; a table needs its files."""
+    return [module.name for module in pkgutil.iter_modules(datasets.__path__) if module.name != "table"]
+
+
+def _own_class(name: str) -> type[DatasetBuilder]:
+    module = importlib.import_module(f"{datasets.__name__}.{name}")
+    (cls,) = (
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, DatasetBuilder) and value.__module__ == module.__name__
+    )
+    return cls
+
+
+def _stock_builder(name: str, data_dir: str) -> DatasetBuilder:
+    base, _, config = name.partition("/")
+    listed = tensorflow_datasets.list_builders(with_community_datasets=False)
+    if base not in listed:
+        _import_stock(base)
+    try:
+        return tensorflow_datasets.builder(name, data_dir=data_dir)
+    except tensorflow_datasets.core.DatasetNotFoundError:
+        known = [*_own_names(), *listed, *_stock_modules()]
+        raise UserError(f"no dataset '{name}'{nearest(base, known)}") from None
+    except ValueError as error:
+        configs = tensorflow_datasets.builder_cls(base).builder_configs
+        if config.partition(":")[0] in configs or not configs:
+            raise UserError(f"dataset '{name}': {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"dataset '{base}' has no '{config}'{nearest(config, configs)}") from None
+
+
+def _import_stock(name: str) -> None:
+    """Imports the module of a dataset of TFDS.
+
+    TFDS imports its modules by the package, which stops at the first one that needs TensorFlow; most need it not.
+    """
+    module = _stock_modules().get(name)
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            logging.info("TFDS's '%s' cannot be prepared here: %s", name, error)
+
+
+def _stock_modules() -> dict[str, str]:
+    """Dataset -> module, for the datasets of TFDS that are classes in its topical packages."""
+    root = pathlib.Path(tensorflow_datasets.__file__).parent
+    found = {}
+    for path in sorted(root.glob("*/**/*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[0] in ("core", "scripts", "testing", "datasets") or parts[-1].endswith("_test"):
+            continue
+        for match in re.finditer(r"^class (\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found[naming.camelcase_to_snakecase(match[1])] = ".".join([root.name, *parts])
+    return found
+
+
+def _label_names(tree: features.FeaturesDict) -> dict[str, tuple[str, ...]]:
+    names = {}
+    for name, feature in tree.items():
+        inner = feature.feature if isinstance(feature, features.Sequence) else feature
+        if isinstance(inner, features.ClassLabel) and inner.num_classes is not None:
+            names[name] = tuple(inner.names)
+    return names
+
+
+def _text_tree(feature: features.FeatureConnector) -> Any:
+    """Says where text is below a feature: True, a dict of the features that hold some, or None."""
+    if isinstance(feature, features.Text):
+        return True
+    if isinstance(feature, features.Sequence):
+        return _text_tree(feature.feature)
+    if isinstance(feature, features.FeaturesDict):
+        below = {name: _text_tree(inner) for name, inner in feature.items()}
+        return {name: tree for name, tree in below.items() if tree} or None
+    return None
+
+
+def _decode(value: Any, tree: Any) -> Any:
+    """Turns the bytes at the marked places into str; sequences of text into lists."""
+    if not tree:
+        return value
+    if isinstance(value, dict):
+        return value | {name: _decode(value[name], below) for name, below in tree.items()}
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, list | np.ndarray) and np.ndim(value):
+        return [_decode(item, tree) for item in value]
+    return str(value)

@@ -1,0 +1,38 @@
+"""What is done to one text example on its way into a batch."""
+
+from typing import Any
+
+import numpy as np
+
+from research.data.tokenizer import Tokenizer
+from research.errors import UserError, nearest
+
+
+class Tokenize:
+    """Adds input_ids, attention_mask and token_type_ids, int32 [T], with special tokens and unpadded.
+
+    Attributes:
+      max_length: the most tokens that an example has.
+      padding: what fills each feature up to the length of its batch.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, fields: tuple[str, ...] = ("text",), max_length: int = 128):
+        """Encodes the one text or the pair of texts that `fields` names."""
+        if len(fields) not in (1, 2):
+            raise UserError(f"Tokenize takes one field or a pair of fields, not {fields}")
+        self.fields = fields
+        self.max_length = max_length
+        self.padding = {"input_ids": tokenizer.pad_id, "attention_mask": 0, "token_type_ids": 0}
+        self._backend = tokenizer.truncated(max_length).backend
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Returns the example with the three features."""
+        for field in self.fields:
+            if not isinstance(example.get(field), str):
+                raise UserError(f"an example has no text '{field}'{nearest(field, example)}")
+        encoding = self._backend.encode(*(example[field] for field in self.fields))
+        return example | {
+            "input_ids": np.asarray(encoding.ids, np.int32),
+            "attention_mask": np.asarray(encoding.attention_mask, np.int32),
+            "token_type_ids": np.asarray(encoding.type_ids, np.int32),
+        }

@@ -1,0 +1,70 @@
+"""A checkpoint through config.evals; no training."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from research.errors import UserError
+from research.experiment import Experiment
+from research.optimizer import evaluation_params
+from research.record import write_json
+from research.task import Params
+from research.writers import Progress
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = "") -> dict[str, Any]:
+    """Evaluates a checkpoint of the run in `workdir` and writes evaluation.json.
+
+    Args:
+      config: of the run, or with other `evals`.
+      workdir: the run's folder.
+      checkpoint: "latest", "best" or a step; "" takes the best where the run keeps it.
+
+    Returns:
+      {"step": ..., "metrics": {"name/metric": value}}.
+    """
+    experiment = Experiment(config)
+    if not experiment.evaluators:
+        raise UserError("config.evals: there is nothing to evaluate on")
+    step, params = restore_params(experiment, workdir, checkpoint)
+    progress = Progress(step, step)
+    with progress.phase(f"evaluating the checkpoint of step {step}"):
+        metrics = scores(experiment.evaluators, params)
+    result = {"step": step, "metrics": metrics}
+    write_json(workdir / "evaluation.json", result)
+    progress.table(f"{workdir}, step {step}", metrics)
+    return result
+
+
+def scores(
+    evaluators: Mapping[str, Callable[..., dict[str, float]]],
+    params: Params,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Returns every evaluator's metrics as "name/metric"; `check` may raise to give up between batches."""
+    return {
+        f"{name}/{metric}": value
+        for name, evaluator in evaluators.items()
+        for metric, value in evaluator(params, check).items()
+    }
+
+
+def restore_params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
+    """Returns the step and the parameters, averaged where the run averages, of a checkpoint in `workdir`."""
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"--workdir: {workdir} holds no checkpoints")
+    checkpoints = experiment.checkpoints(workdir, read_only=True)
+    try:
+        steps = checkpoints.steps()
+        chosen = {"latest": steps[-1] if steps else None, "best": checkpoints.best_step()}
+        step = chosen.get(checkpoint or ("best" if chosen["best"] is not None else "latest"))
+        if step is None and checkpoint.isdigit() and int(checkpoint) in steps:
+            step = int(checkpoint)
+        if step is None:
+            raise UserError(f"--checkpoint: '{checkpoint}' is not among latest, best, {', '.join(map(str, steps))}")
+        state, _ = checkpoints.read(step, experiment.abstract_state)
+        return step, evaluation_params(state.params, state.opt_state)
+    finally:
+        checkpoints.close()

@@ -1,0 +1,41 @@
+"""Runs a function of (params, batch) over a dataset, on every device; what evaluators share."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from research import sharding
+from research.data.dataset import Dataset
+from research.task import Params
+
+
+def run(
+    function: Callable[[Params, dict[str, jax.Array]], Any],
+    params: Params,
+    dataset: Dataset,
+    mesh: Mesh,
+    check: Callable[[], None],
+) -> Iterator[Any]:
+    """Yields the function's outputs for every batch of one epoch, whole and as numpy arrays, in every process.
+
+    Args:
+      function: pure; jitted once for all calls with the same function, so pass a bound method of a frozen task.
+      params: as it takes them.
+      dataset: every process reads its own rows.
+      mesh: over which batches are split.
+      check: called before each batch; it may raise to give up.
+    """
+    sharding.check_batch_size(dataset.batch_size, mesh)
+    jitted = _jit(function, mesh)
+    for batch in dataset.epoch():
+        check()
+        yield jax.tree.map(np.asarray, jitted(params, sharding.place(batch, mesh, dataset.padding)))
+
+
+@functools.lru_cache
+def _jit(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    return jax.jit(function, out_shardings=sharding.replicated(mesh))

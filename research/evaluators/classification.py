@@ -1,0 +1,77 @@
+"""The scores of classification and regression, computed by scikit-learn and scipy over all predictions at once."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.stats
+import sklearn.metrics
+from jax.sharding import Mesh
+
+from research.data.dataset import Dataset
+from research.errors import UserError, nearest
+from research.evaluators import batches
+from research.metrics import merge
+from research.task import Batch, Params, Task
+
+
+def _pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(scipy.stats.pearsonr(labels, predictions)[0])
+
+
+def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(scipy.stats.spearmanr(labels, predictions)[0])
+
+
+def _f1(average: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    return lambda labels, predictions: sklearn.metrics.f1_score(labels, predictions, average=average, zero_division=0)
+
+
+SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": sklearn.metrics.accuracy_score,  # of multi-label examples: all labels right
+    "f1": _f1("binary"),
+    "macro_f1": _f1("macro"),
+    "micro_f1": _f1("micro"),
+    "matthews": sklearn.metrics.matthews_corrcoef,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Evaluates a classification task on every example of a dataset, each once.
+
+    Attributes:
+      task: its `metrics` and `predict` are run on each batch.
+      mesh: to run on.
+      data: what to evaluate on.
+      scores: names from SCORES; "loss" is always among the results.
+    """
+
+    task: Task
+    mesh: Mesh
+    data: Dataset
+    scores: tuple[str, ...] = ("accuracy",)
+
+    def __post_init__(self):
+        for name in self.scores:
+            if name not in SCORES:
+                raise UserError(f"unknown score '{name}'{nearest(name, SCORES)}")
+
+    def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Returns score -> value; correlations and F1 as fractions, not percentages."""
+        outputs = list(batches.run(self._batch, params, self.data, self.mesh, check))
+        loss = merge([{"loss": means["loss"]} for means, _ in outputs])["loss"].compute()
+        columns: dict[str, Any] = {k: np.concatenate([rows[k] for _, rows in outputs]) for k in outputs[0][1]}
+        real = columns["mask"] > 0
+        labels, predictions = columns["target"][real], columns["prediction"][real]
+        return {"loss": float(loss)} | {name: float(SCORES[name](labels, predictions)) for name in self.scores}
+
+    def _batch(self, params: Params, batch: Batch) -> tuple[dict, dict[str, jax.Array]]:
+        outputs = self.task.predict(params, batch, jax.random.key(0))
+        prediction = outputs["label"] if "label" in outputs else outputs["logits"][:, 0]
+        rows = {"prediction": prediction, "target": batch["label"], "mask": batch["mask"]}
+        return self.task.metrics(params, batch), rows

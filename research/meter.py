@@ -1,0 +1,78 @@
+"""Adds up what happened since the last line of training metrics, and over the whole run."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class NonFiniteError(Exception):
+    """The loss or its gradient became infinite or NaN."""
+
+
+class Meter:
+    """Sums on the host, in float64; its state goes into the checkpoint, so that a resumed run logs the same numbers."""
+
+    def __init__(self, state: Mapping[str, Any] | None = None):
+        """Goes on from what `state` returned, else begins at zero."""
+        state = state or {}
+        self._means: dict[str, list[float]] = {k: list(v) for k, v in state.get("means", {}).items()}
+        self._interval: dict[str, float] = dict(state.get("interval", {}))
+        self._run: dict[str, float] = dict(state.get("run", {}))
+
+    def state(self) -> dict[str, Any]:
+        """Returns all sums, as JSON."""
+        return {"means": self._means, "interval": self._interval, "run": self._run}
+
+    def add_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds the means of one step.
+
+        Raises:
+          NonFiniteError: the loss or the gradient's norm is not finite.
+        """
+        for name, mean in metrics.items():
+            total, count = float(mean.total), float(mean.count)
+            if name in ("loss", "gradient_norm") and not math.isfinite(total):
+                raise NonFiniteError(f"the {name.replace('_', ' ')} is {total} at step {step}; the last good checkpoint is kept")
+            sums = self._means.setdefault(name, [0.0, 0.0])
+            sums[0] += total
+            sums[1] += count
+
+    def add_batch(self, batch: Mapping[str, np.ndarray], processes: int) -> None:
+        """Counts a batch: its real examples and, of text, its tokens and the places for tokens."""
+        counts = {"steps": 1.0, "examples": float(batch["mask"].sum()) * processes}
+        if "attention_mask" in batch:
+            tokens = batch["attention_mask"][batch["mask"] > 0]
+            counts |= {"tokens": float(tokens.sum()) * processes, "places": float(batch["attention_mask"].size) * processes}
+        self._add(counts)
+
+    def add_seconds(self, **seconds: float) -> None:
+        """Adds time spent: `train` seconds, or `compile` seconds."""
+        self._add({f"{name}_seconds": value for name, value in seconds.items()})
+
+    def flush(self) -> dict[str, float]:
+        """Returns the training metrics since the last call, and forgets them; empty where there were none."""
+        if not self._means:
+            return {}
+        row = {f"train/{k}": total / count if count else math.nan for k, (total, count) in self._means.items()}
+        row |= {f"train/{k}": v for k, v in _speeds(self._interval).items()}
+        self._means, self._interval = {}, {}
+        return row
+
+    def summary(self) -> dict[str, float]:
+        """Returns the times and speeds of the whole run; compilation counts apart."""
+        times = {name: self._run.get(name, 0.0) for name in ("train_seconds", "compile_seconds")}
+        return times | _speeds(self._run)
+
+    def _add(self, counts: Mapping[str, float]) -> None:
+        for sums in (self._interval, self._run):
+            for name, value in counts.items():
+                sums[name] = sums.get(name, 0.0) + value
+
+
+def _speeds(sums: Mapping[str, float]) -> dict[str, float]:
+    """Returns per-second rates and the share of places that hold padding."""
+    seconds = max(sums.get("train_seconds", 0.0), 1e-9)
+    rates = {f"{k}_per_second": sums[k] / seconds for k in ("steps", "examples", "tokens") if k in sums}
+    return rates | ({"padding_share": 1 - sums["tokens"] / sums["places"]} if sums.get("places") else {})

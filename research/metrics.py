@@ -1,0 +1,41 @@
+"""Sums and counts until the last moment, so that no metric depends on how a batch was split, padded or spread."""
+
+import functools
+import operator
+from collections.abc import Iterable, Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Mean:
+    """A mean that is not divided yet.
+
+    Attributes:
+      total: float32 scalar, the sum of the values.
+      count: float32 scalar, how many there are.
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, values: jax.Array, mask: jax.Array) -> "Mean":
+        """Sums `values` where `mask`, of the same shape, is not 0; masked values may be anything, NaN too."""
+        kept = jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0)
+        return cls(total=kept.sum(), count=mask.astype(jnp.float32).sum())
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def compute(self) -> jax.Array:
+        """Returns total / count; NaN where nothing was counted."""
+        return self.total / self.count
+
+
+def merge(means: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
+    """Adds up the means of several batches, name by name."""
+    means = list(means)
+    return {name: functools.reduce(operator.add, [m[name] for m in means]) for name in means[0]}

@@ -1,0 +1,69 @@
+"""BERT (Devlin 2018) in Hugging Face's format."""
+
+from research.models import bert
+from research.pretrained import family
+from research.pretrained.family import Family, Key, Kind
+
+ENCODER_KEYS = {
+    "vocab_size": Key("vocab_size", 30522),
+    "hidden_size": Key("hidden_size", 768),
+    "num_layers": Key("num_hidden_layers", 12),
+    "num_heads": Key("num_attention_heads", 12),
+    "intermediate_size": Key("intermediate_size", 3072),
+    "max_positions": Key("max_position_embeddings", 512),
+    "num_token_types": Key("type_vocab_size", 2),
+    "activation": Key("hidden_act", "gelu"),
+    "layer_norm_epsilon": Key("layer_norm_eps", 1e-12),
+    "dropout": Key("hidden_dropout_prob", 0.1, free=True),
+    "attention_dropout": Key("attention_probs_dropout_prob", 0.1, free=True),
+    "initializer_range": Key("initializer_range", 0.02, free=True),
+}
+HEAD_DROPOUT = Key("classifier_dropout", 0.1, fallback="hidden_dropout_prob", free=True)
+ONLY = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "per_layer_config": {},
+    "quantization_config": {},
+}
+
+
+def encoder_tensors(prefix: str) -> list[family.Tensor]:
+    """The names of an encoder with token types, as BERT and RoBERTa have it."""
+    layer = prefix + "encoder.layer.{}."
+    return [
+        *family.embedding("encoder/embeddings/word", f"{prefix}embeddings.word_embeddings"),
+        *family.embedding("encoder/embeddings/position", f"{prefix}embeddings.position_embeddings"),
+        *family.embedding("encoder/embeddings/token_type", f"{prefix}embeddings.token_type_embeddings"),
+        *family.norm("encoder/embeddings/norm", f"{prefix}embeddings.LayerNorm"),
+        *family.linear("encoder/layers/attention/query", f"{layer}attention.self.query"),
+        *family.linear("encoder/layers/attention/key", f"{layer}attention.self.key"),
+        *family.linear("encoder/layers/attention/value", f"{layer}attention.self.value"),
+        *family.linear("encoder/layers/attention/out", f"{layer}attention.output.dense"),
+        *family.norm("encoder/layers/attention_norm", f"{layer}attention.output.LayerNorm"),
+        *family.linear("encoder/layers/mlp/up", f"{layer}intermediate.dense"),
+        *family.linear("encoder/layers/mlp/down", f"{layer}output.dense"),
+        *family.norm("encoder/layers/mlp_norm", f"{layer}output.LayerNorm"),
+    ]
+
+
+FAMILY = Family(
+    prefix="bert.",
+    kinds={
+        "sequence_classifier": Kind(
+            architecture="BertForSequenceClassification",
+            model=bert.SequenceClassifier,
+            parts={"encoder": bert.Encoder},
+            keys=ENCODER_KEYS | {"head_dropout": HEAD_DROPOUT},
+            constants={"position_offset": None, "head_activation": "tanh", "head_input_dropout": 0.0},
+        )
+    },
+    tensors=[
+        *encoder_tensors("bert."),
+        *family.linear("head_dense", "bert.pooler.dense", part="pooler"),
+        *family.linear("head_output", "classifier", part="head"),
+    ],
+    only=ONLY,
+    unused=[r"bert\.embeddings\.(position_ids|token_type_ids)", r"cls\..*", r"qa_outputs\..*"],
+)

@@ -1,0 +1,199 @@
+"""What a file of this folder declares about one Hugging Face family; `huggingface.py` does the rest.
+
+A family named `model_type` in config.json is the module of that name here (hyphens as underscores), and its `FAMILY`
+says, for both directions at once, how fields of our models stand in config.json and how our parameters stand in the
+weights file. Adding a family adds one file.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+import typeguard
+
+from research.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Where a field of our model stands in config.json.
+
+    Attributes:
+      name: the key.
+      default: the value that Transformers assumes where the key is absent.
+      fallback: the key that stands in where this one is absent or null.
+      free: whether the field may differ from the checkpoint's, as it changes training and not the trained function.
+    """
+
+    name: str
+    default: Any
+    fallback: str | None = None
+    free: bool = False
+
+    def read(self, config: Mapping[str, Any]) -> Any:
+        """Returns the value that `config` gives the field, or raises UserError where it is null without a fallback."""
+        if self.fallback and config.get(self.name) is None:
+            value = config.get(self.fallback)
+            return self.default if value is None else value
+        value = config.get(self.name, self.default)
+        if value is None:
+            raise UserError(f"config.json has {self.name}=null, where the model needs a value such as {self.default!r}")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of model that a family comes as, say a sequence classifier.
+
+    Attributes:
+      architecture: Transformers' name of the class.
+      model: our class.
+      parts: those of its fields that are modules, and their classes. No two classes may share a field name.
+      keys: our fields that config.json holds.
+      constants: our fields that the family fixes.
+    """
+
+    architecture: str
+    model: type[nn.Module]
+    parts: Mapping[str, type[nn.Module]]
+    keys: Mapping[str, Key]
+    constants: Mapping[str, Any]
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of the model that `config` describes."""
+        return {field: key.read(config) for field, key in self.keys.items()} | dict(self.constants)
+
+    def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the keys of config.json for a model of these fields, or raises UserError if the family lacks it.
+
+        Of two fields that share a key the later in `keys` is written; only free ones may then differ.
+        """
+        config = {key.name: fields[field] for field, key in self.keys.items()}
+        for field, value in self.read(config).items():
+            if fields[field] != value and field not in self.overridable():
+                raise UserError(f"{self.architecture} needs {field}={value!r}, the model has {fields[field]!r}")
+        return config
+
+    def build(self, fields: Mapping[str, Any]) -> nn.Module:
+        """Returns the model with these fields; raises UserError for a value of the wrong type."""
+        parts = {name: part(**self._own(part, fields)) for name, part in self.parts.items()}
+        return self.model(**self._own(self.model, fields), **parts)
+
+    def fields(self, model: nn.Module) -> dict[str, Any]:
+        """Returns the fields that `build` makes `model` from."""
+        fields = {name: getattr(model, name) for name in _types(self.model) if name not in self.parts}
+        for name, part in self.parts.items():
+            fields |= {field: getattr(getattr(model, name), field) for field in _types(part)}
+        return fields
+
+    def matches(self, model: nn.Module) -> bool:
+        """Says whether `model` is made of this kind's classes."""
+        return type(model) is self.model and all(type(getattr(model, name)) is t for name, t in self.parts.items())
+
+    def overridable(self) -> set[str]:
+        """Returns the fields that may differ from the checkpoint's: the free ones, and those it says nothing about."""
+        names = {name for part in (self.model, *self.parts.values()) for name in _types(part)} - set(self.parts)
+        fixed = {field for field, key in self.keys.items() if not key.free} | set(self.constants)
+        return names - fixed
+
+    def _own(self, part: type[nn.Module], fields: Mapping[str, Any]) -> dict[str, Any]:
+        types = _types(part)
+        own = {name: value for name, value in fields.items() if name in types}
+        for name, value in own.items():
+            try:
+                typeguard.check_type(value, types[name])
+            except typeguard.TypeCheckError as error:
+                raise UserError(f"{name}={value!r} is of the wrong type: {error}") from None
+        return own
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one array of theirs becomes one or more of ours, and back."""
+
+    to_ours: Callable[[np.ndarray], Sequence[np.ndarray]]
+    to_theirs: Callable[..., np.ndarray]
+
+
+SAME = Layout(lambda x: [x], lambda x: x)
+TRANSPOSED = Layout(lambda x: [x.T], lambda x: x.T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One line of a family's table of names.
+
+    Attributes:
+      ours: paths of our parameters.
+      theirs: the name in the weights file; "{}" is the layer's number, the leading axis of ours.
+      layout: how the arrays correspond.
+      part: "" for what every checkpoint must hold. Tensors of one other part may be absent together and are then new;
+        the part "head" belongs to the task that the checkpoint was trained for.
+    """
+
+    ours: tuple[str, ...]
+    theirs: str
+    layout: Layout = SAME
+    part: str = ""
+
+
+def linear(ours: str, theirs: str, part: str = "") -> list[Tensor]:
+    """A linear layer, whose kernel PyTorch keeps as [out, in] and we as [in, out]."""
+    return [
+        Tensor((f"{ours}/kernel",), f"{theirs}.weight", TRANSPOSED, part),
+        Tensor((f"{ours}/bias",), f"{theirs}.bias", SAME, part),
+    ]
+
+
+def norm(ours: str, theirs: str) -> list[Tensor]:
+    """A layer normalisation."""
+    return [Tensor((f"{ours}/scale",), f"{theirs}.weight"), Tensor((f"{ours}/bias",), f"{theirs}.bias")]
+
+
+def embedding(ours: str, theirs: str) -> list[Tensor]:
+    """A table of embeddings."""
+    return [Tensor((f"{ours}/embedding",), f"{theirs}.weight")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+      prefix: what the names of the encoder's tensors begin with where the file holds a head too.
+      kinds: its kinds of model, by our name for them.
+      tensors: the table of names, of all kinds together.
+      only: keys of config.json of which we implement one value, that one.
+      unused: regular expressions of the names of tensors that may be left unread.
+    """
+
+    prefix: str
+    kinds: Mapping[str, Kind]
+    tensors: Sequence[Tensor]
+    only: Mapping[str, Any]
+    unused: Sequence[str]
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises UserError if `config` asks for what we do not implement."""
+        for key, value in self.only.items():
+            if config.get(key, value) not in (value, None):
+                raise UserError(f"config.json has {key}={config[key]!r}, of which only {value!r} is implemented")
+
+    def kind_of(self, model: nn.Module) -> Kind | None:
+        """Returns the kind that `model` is of, if any."""
+        return next((kind for kind in self.kinds.values() if kind.matches(model)), None)
+
+
+def override(kind: Kind, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `fields` with `overrides`, or raises UserError for one that is misspelt or that the weights fix."""
+    for name in overrides:
+        if name not in kind.overridable():
+            fixed = "is fixed by the pretrained weights" if name in fields else "is not an option"
+            raise UserError(f"'{name}' {fixed}{nearest(name, kind.overridable())}")
+    return dict(fields) | dict(overrides)
+
+
+def _types(part: type[nn.Module]) -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(part) if field.name not in ("parent", "name")}

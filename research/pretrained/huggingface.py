@@ -1,0 +1,373 @@
+"""Import from and export to Hugging Face folders: config.json, weights, tokenizer files.
+
+Nothing here knows a family: `bert.py` and its like declare the names (see `family.py`).
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import pkgutil
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import numpy as np
+
+import research.pretrained
+from research import assets
+from research.errors import UserError, nearest
+from research.pretrained import weight_files
+from research.pretrained.family import Family, Kind, Tensor, override
+from research.pretrained.torch_zip import Stored
+
+_PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+_FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `load_params` did.
+
+    Attributes:
+      new: paths of parameters that the checkpoint does not hold: a head, to be initialised and announced.
+      unused: names of tensors that were left unread.
+    """
+
+    new: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def sequence_classifier(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
+    """Returns the sequence classifier that a folder's config.json describes; its weights are not read.
+
+    Args:
+      path: a Hugging Face folder, in any form that `assets.resolve` takes.
+      num_outputs: outputs of the head; as many as config.json has labels where it is None.
+      **overrides: fields of the model that the weights do not fix, such as dropout, dtype, unroll and remat.
+
+    Raises:
+      UserError: the family or one of its options is not implemented, or an override is misspelt or fixed.
+    """
+    config = _read_config(assets.resolve(path))
+    if num_outputs is None:
+        num_outputs = _num_labels(config)
+        if num_outputs is None:
+            raise UserError(f"{path} has no labels, so num_outputs must be given")
+    return load_model(path, "sequence_classifier", num_outputs=num_outputs, **overrides)
+
+
+def load_model(path: str, kind: str, **fields: Any) -> nn.Module:
+    """Returns the model of that kind that a folder's config.json describes, with `fields` replaced."""
+    config = _read_config(assets.resolve(path))
+    family = _family(config)
+    family.check(config)
+    if kind not in family.kinds:
+        raise UserError(f"{config['model_type']} has no '{kind}'{nearest(kind, family.kinds)}")
+    chosen = family.kinds[kind]
+    return chosen.build(override(chosen, chosen.read(config), fields))
+
+
+def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: bool = False) -> tuple[Any, Report]:
+    """Reads a folder's weights into the layout of `model.init`.
+
+    Args:
+      path: a Hugging Face folder, in any form that `assets.resolve` takes.
+      model: the model that the weights are for.
+      params_shape: its parameters as a tree of `jax.ShapeDtypeStruct`.
+      new_head: leave the checkpoint's task head unread and begin a new one.
+
+    Returns:
+      The tree with float32 numpy arrays as leaves. What the checkpoint does not hold, which can only be a head, stays
+      a ShapeDtypeStruct and is listed in the report: the caller initialises and announces it.
+
+    Raises:
+      UserError: the model is not the checkpoint's, or tensors are missing, unknown or of the wrong shape.
+    """
+    folder = assets.resolve(path)
+    config = _read_config(folder)
+    family = _family(config)
+    family.check(config)
+    kind = family.kind_of(model)
+    if kind is None:
+        raise UserError(f"{path} holds a model of the {config['model_type']} family, not a {type(model).__name__}")
+    _check_same_model(path, kind, config, model)
+    shapes = {name: tuple(leaf.shape) for name, leaf in _flatten(params_shape).items()}
+    stored = _canonical(weight_files.read(folder), family)
+    if new_head:
+        heads = _names(family, shapes, parts=("head",))
+        dropped, stored = [n for n in stored if n in heads], {n: t for n, t in stored.items() if n not in heads}
+    else:
+        dropped = []
+        _check_head(path, config, kind, family, shapes, stored)
+    arrays, new, unused = _assign(path, family, shapes, stored)
+    tree = _unflatten(_flatten(params_shape) | arrays)
+    return tree, Report(tuple(sorted(new)), tuple(sorted([*dropped, *unused])))
+
+
+def save(
+    folder: str | pathlib.Path,
+    model: nn.Module,
+    params: Any,
+    *,
+    labels: Sequence[str] | None = None,
+    problem_type: str | None = None,
+    tokenizer_files: Iterable[str | pathlib.Path] = (),
+    config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> pathlib.Path:
+    """Writes a folder that `transformers`' from_pretrained loads.
+
+    Args:
+      folder: the folder to write, which must not exist yet or be empty. It appears whole or not at all.
+      model: a model that some family has.
+      params: its parameters.
+      labels: names of the outputs; Transformers' LABEL_0, LABEL_1, ... where None.
+      problem_type: single_label_classification, multi_label_classification or regression.
+      tokenizer_files: files to copy beside the weights.
+      config: more keys for config.json, such as pad_token_id.
+      max_shard_bytes: the largest weights file.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: no family has this model, the labels do not fit it, or the folder is taken.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; name another folder to write the model to")
+    model_type, family, kind = _family_of_model(model)
+    keys = kind.write(kind.fields(model)) | {
+        "architectures": [kind.architecture],
+        "model_type": model_type,
+        "torch_dtype": "float32",  # read by Transformers 4
+        "dtype": "float32",  # read by Transformers 5
+    }
+    if "num_outputs" in kind.fields(model):
+        keys |= _label_keys(kind.fields(model)["num_outputs"], labels, problem_type)
+    tensors = _to_theirs(family, {name: np.asarray(leaf, np.float32) for name, leaf in _flatten(params).items()})
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    partial.mkdir()
+    try:
+        text = json.dumps(keys | dict(config or {}), indent=2, sort_keys=True)
+        (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+        for file in tokenizer_files:
+            shutil.copyfile(file, partial / pathlib.Path(file).name)
+        weight_files.write(partial, tensors, max_shard_bytes)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
+    return weight_files.read_json(folder / "config.json")
+
+
+def _families() -> list[str]:
+    names = [module.name for module in pkgutil.iter_modules(research.pretrained.__path__)]
+    return [name for name in names if hasattr(importlib.import_module(f"research.pretrained.{name}"), "FAMILY")]
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    model_type = str(config.get("model_type"))
+    name = model_type.replace("-", "_")
+    if name not in _families():
+        near = nearest(name, _families())
+        known = "" if "there are" in near else f" (there are: {', '.join(_families())})"
+        raise UserError(f"config.json has the unknown model_type '{model_type}'{near}{known}")
+    return importlib.import_module(f"research.pretrained.{name}").FAMILY
+
+
+def _family_of_model(model: nn.Module) -> tuple[str, Family, Kind]:
+    """Returns the first family whose config.json can say all that matters of `model`."""
+    reasons = []
+    for name in _families():
+        family = importlib.import_module(f"research.pretrained.{name}").FAMILY
+        kind = family.kind_of(model)
+        if kind is None:
+            continue
+        try:
+            kind.write(kind.fields(model))
+            return name.replace("_", "-"), family, kind
+        except UserError as error:
+            reasons.append(str(error))
+    why = "; ".join(reasons) or f"none has a {type(model).__name__} of such parts"
+    raise UserError(f"no Hugging Face family has this model: {why}")
+
+
+def _num_labels(config: Mapping[str, Any]) -> int | None:
+    """Returns the number of a checkpoint's labels; Transformers leaves out that of a classifier of two."""
+    if config.get("id2label"):
+        return len(config["id2label"])
+    classifier = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return config.get("num_labels") or (2 if classifier else None)
+
+
+def _label_keys(num_outputs: int, labels: Sequence[str] | None, problem_type: str | None) -> dict[str, Any]:
+    labels = [f"LABEL_{i}" for i in range(num_outputs)] if labels is None else [str(label) for label in labels]
+    if len(labels) != num_outputs or len(set(labels)) != num_outputs:
+        raise UserError(f"the model has {num_outputs} outputs, which {len(set(labels))} different labels cannot name")
+    if problem_type not in (*_PROBLEMS, None):
+        raise UserError(f"unknown problem_type '{problem_type}'{nearest(str(problem_type), _PROBLEMS)}")
+    if problem_type == "single_label_classification" and num_outputs == 1:
+        raise UserError("single_label_classification needs two outputs or more; one is multi_label_classification")
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": problem_type,
+    }
+
+
+def _check_same_model(path: str, kind: Kind, config: Mapping[str, Any], model: nn.Module) -> None:
+    fields = kind.fields(model)
+    for field, value in kind.read(config).items():
+        if fields[field] != value and field not in kind.overridable():
+            raise UserError(f"the model has {field}={fields[field]!r}, the weights in {path} are for {value!r}")
+
+
+def _check_head(
+    path: str,
+    config: Mapping[str, Any],
+    kind: Kind,
+    family: Family,
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Stored],
+) -> None:
+    """Raises UserError if the checkpoint's head is another task's, or has another number of outputs."""
+    wanted = {name: shape for name, shape in _names(family, shapes, parts=("head",)).items() if name in stored}
+    architecture = next(iter(config.get("architectures") or ()), kind.architecture)
+    drop = "new_head=True begins a new one"
+    if wanted and architecture != kind.architecture:
+        raise UserError(f"the head in {path} is that of {architecture}, not of {kind.architecture}; {drop}")
+    for name, shape in wanted.items():
+        if stored[name].shape[:1] != shape[:1]:
+            there, here = stored[name].shape[:1], shape[:1]
+            raise UserError(f"the head in {path} has {there[0]} outputs ({name}), the model {here[0]}; {drop}")
+
+
+def _canonical(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+    """Renames tensors to what the family's table calls them: with the prefix, and weight and bias in norms."""
+    known = re.compile("|".join([_pattern(tensor) for tensor in family.tensors] + list(family.unused)))
+    result: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        candidates = (name, family.prefix + name, modern, family.prefix + modern)
+        canonical = next((candidate for candidate in candidates if known.fullmatch(candidate)), name)
+        if canonical in result:
+            raise UserError(f"the weights hold {canonical} twice, once as {name}")
+        result[canonical] = tensor
+    return result
+
+
+def _pattern(tensor: Tensor) -> str:
+    return re.escape(tensor.theirs).replace(r"\{\}", r"\d+")
+
+
+def _expand(tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, list[tuple[int, ...]], Any]]:
+    """Yields for each array of theirs in a line of the table: its name, the shapes of ours in it, and their index."""
+    ours = [shapes[path] for path in tensor.ours]
+    if "{}" not in tensor.theirs:
+        yield tensor.theirs, ours, ...
+    else:
+        for layer in range(ours[0][0]):
+            yield tensor.theirs.replace("{}", str(layer)), [shape[1:] for shape in ours], layer
+
+
+def _names(
+    family: Family, shapes: Mapping[str, tuple[int, ...]], parts: Sequence[str] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of theirs that parameters of these shapes stand in."""
+    result = {}
+    for tensor in family.tensors:
+        if all(path in shapes for path in tensor.ours) and (parts is None or tensor.part in parts):
+            for name, ours, _ in _expand(tensor, shapes):
+                # Broadcast zeros have a shape and no memory.
+                empty = [np.broadcast_to(np.float32(0), shape) for shape in ours]
+                result[name] = tensor.layout.to_theirs(*empty).shape
+    return result
+
+
+def _assign(
+    path: str, family: Family, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]
+) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+    """Returns our arrays by path, the paths that stay new, and the names that stay unread."""
+    expected = _names(family, shapes)
+    absent = {
+        part
+        for part in {tensor.part for tensor in family.tensors} - {""}
+        if not any(name in stored for name in _names(family, shapes, parts=(part,)))
+    }
+    used = [tensor for tensor in family.tensors if all(path in shapes for path in tensor.ours)]
+    _check_named(shapes, used)
+    present = [tensor for tensor in used if tensor.part not in absent]
+    new = [path for tensor in used if tensor.part in absent for path in tensor.ours]
+    needed = _names(family, shapes, parts=sorted({tensor.part for tensor in present}))
+    unused = [name for name in stored if name not in expected and any(re.fullmatch(r, name) for r in family.unused)]
+    _check_complete(path, needed, stored, unused)
+
+    arrays = {p: np.empty(shapes[p], np.float32) for tensor in present for p in tensor.ours}
+    for tensor in present:
+        for name, _, index in _expand(tensor, shapes):
+            for ours, array in zip(tensor.ours, tensor.layout.to_ours(stored[name].read())):
+                arrays[ours][index] = array
+    return arrays, new, unused
+
+
+def _check_complete(
+    path: str, needed: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], unused: Sequence[str]
+) -> None:
+    """Raises UserError naming the tensors that are missing, unknown, of the wrong shape or not floating."""
+    both = [name for name in needed if name in stored]
+    problems = {
+        "missing": [name for name in needed if name not in stored],
+        "unknown": [name for name in stored if name not in needed and name not in unused],
+        "of the wrong shape": [
+            f"{name} {stored[name].shape} instead of {needed[name]}"
+            for name in both
+            if stored[name].shape != needed[name]
+        ],
+        "not floating": [f"{name} ({stored[name].dtype})" for name in both if str(stored[name].dtype) not in _FLOATS],
+    }
+    found = [f"{_some(names)} {problem}" for problem, names in problems.items() if names]
+    if found:
+        raise UserError(f"the weights in {path} do not fit the model: {'; '.join(found)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _to_theirs(family: Family, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    shapes = {path: array.shape for path, array in arrays.items()}
+    used = [tensor for tensor in family.tensors if all(path in arrays for path in tensor.ours)]
+    _check_named(shapes, used)
+    return {
+        name: tensor.layout.to_theirs(*(arrays[path][index] for path in tensor.ours))
+        for tensor in used
+        for name, _, index in _expand(tensor, shapes)
+    }
+
+
+def _check_named(paths: Iterable[str], tensors: Sequence[Tensor]) -> None:
+    unnamed = sorted(set(paths) - {path for tensor in tensors for path in tensor.ours})
+    if unnamed:
+        raise UserError(f"these parameters have no name in a Hugging Face folder: {_some(unnamed)}")
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def _unflatten(flat: Mapping[str, Any]) -> Any:
+    return flax.traverse_util.unflatten_dict(dict(flat), sep="/")

@@ -1,0 +1,88 @@
+"""Weights files of a Hugging Face folder: safetensors and `pytorch_model.bin`, single or sharded."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from research.errors import UserError
+from research.pretrained import torch_zip
+from research.pretrained.torch_zip import Stored
+
+_SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
+
+
+def read(folder: pathlib.Path) -> dict[str, Stored]:
+    """Returns the tensors in a folder by name, unread: the first of safetensors, pytorch_model.bin that is there.
+
+    Raises:
+      UserError: there is neither, or a shard that the index names is missing, or a file is damaged.
+    """
+    for name, read_file in ((_SAFE, _read_safetensors), (_TORCH, torch_zip.read)):
+        if (folder / name).is_file():
+            return read_file(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(index, read_file)
+    held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise UserError(f"{folder} has neither {_SAFE} nor {_TORCH}, whole or sharded; it holds: {held}")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file, or raises UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _read_shards(index: pathlib.Path, read_file: Any) -> dict[str, Stored]:
+    weight_map = read_json(index).get("weight_map", {})
+    tensors: dict[str, Stored] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (index.parent / shard).is_file():
+            raise UserError(f"{index} names the shard {shard}, which is missing")
+        tensors |= read_file(index.parent / shard)
+    lost = sorted(set(weight_map) - set(tensors))
+    if lost:
+        raise UserError(f"{index} places {lost[0]} in {weight_map[lost[0]]}, which does not hold it")
+    return tensors
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, Stored]:
+    # The file is mapped into memory; each tensor's bytes are read when asked for.
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+    def stored(name: str) -> Stored:
+        part = file.get_slice(name)
+        return Stored(tuple(part.get_shape()), part.get_dtype(), lambda: file.get_tensor(name))
+
+    return {name: stored(name) for name in file.keys()}  # noqa: SIM118 (the file is not a dict)
+
+
+def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> None:
+    """Writes tensors as safetensors: one file, or shards of at most `max_shard_bytes` and their index."""
+    plan = huggingface_hub.split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda array: array.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        # safetensors writes the buffer as it lies in memory, so that a transposed view must be copied first.
+        shard = {name: np.ascontiguousarray(tensors[name]) for name in names}
+        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / f"{_SAFE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

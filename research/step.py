@@ -1,0 +1,95 @@
+"""One training step: pure, jitted once a batch shape, over any mesh."""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.metrics import Mean, merge
+from research.optimizer import Optimizer
+from research.task import Batch, Params, Spec, Task
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes.
+
+    Attributes:
+      step: int32 scalar, how many steps were taken.
+      params: the model's parameters.
+      opt_state: the optimizer's state; averaged parameters are in it.
+      rng: uint32 key data; step i draws from this key folded by i.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    rng: jax.Array
+
+
+def init_state(task: Task, optimizer: Optimizer, spec: Spec, seed: int, loaded: Params | None = None) -> TrainState:
+    """Returns the state before the first step; pure, so that it can be shape-evaluated and jitted with shardings.
+
+    `loaded` is a tree like the parameters, with None for those that are to be initialised.
+    """
+    init_rng, step_rng = jax.random.split(jax.random.key(seed))
+    params = task.init(init_rng, spec)
+    if loaded is not None:
+        params = jax.tree.map(lambda new, old: new if old is None else old, params, loaded)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(step_rng))
+
+
+def train_step(
+    task: Task, optimizer: Optimizer, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, Mean]]:
+    """Takes one step.
+
+    Returns:
+      the next state, and the metrics of this step: the task's own, "loss", "gradient_norm" (before clipping) and
+      "learning_rate".
+    """
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    gradients, metrics = _gradients(task, state.params, batch, rng, optimizer.microbatches)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    one = jnp.ones(())
+    metrics |= {
+        "gradient_norm": Mean(optax.global_norm(optimizer.trainable(gradients)), one),
+        "learning_rate": Mean(jnp.asarray(optimizer.learning_rate(state.step), jnp.float32), one),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def _gradients(
+    task: Task, params: Params, batch: Batch, rng: jax.Array, microbatches: int
+) -> tuple[Params, dict[str, Mean]]:
+    """Returns the gradient of total loss / total count, the same however the batch is split, and the metrics."""
+
+    def total_loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
+        loss, metrics = task.loss(params, batch, rng)
+        return loss.total, {"loss": loss} | metrics
+
+    gradient = jax.grad(total_loss, has_aux=True)
+    if microbatches == 1:
+        gradients, metrics = gradient(params, batch, rng)
+    else:
+
+        def add(sums: tuple, xs: tuple) -> tuple[tuple, None]:
+            microbatch, index = xs
+            gradients, metrics = gradient(params, microbatch, jax.random.fold_in(rng, index))
+            return (jax.tree.map(jnp.add, sums[0], gradients), merge([sums[1], metrics])), None
+
+        split = jax.tree.map(functools.partial(_split, microbatches), dict(batch))
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), rng)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (gradients, metrics), _ = jax.lax.scan(add, zeros, (split, jnp.arange(microbatches)))
+    # A batch that counts nothing has a zero gradient, not a NaN one.
+    count = jnp.maximum(metrics["loss"].count, jnp.finfo(jnp.float32).tiny)
+    return jax.tree.map(lambda g: g / count, gradients), metrics
+
+
+def _split(microbatches: int, x: jax.Array) -> jax.Array:
+    """Reshapes [B, ...] to [microbatches, B / microbatches, ...]; every device keeps its own rows."""
+    return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)

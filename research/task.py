@@ -1,0 +1,37 @@
+"""The joint between models and the loop: a task is a model, an objective and a way to predict."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from research.metrics import Mean
+
+# Always holds "mask", float32 [B]: 1 for a real example, 0 for one that only fills the batch up.
+Batch = Mapping[str, jax.Array | np.ndarray]
+Params = Mapping[str, Any]
+Spec = Mapping[str, jax.ShapeDtypeStruct]
+
+
+class Task(Protocol):
+    """What the loop asks of an objective. Implementations are frozen dataclasses around a Linen module."""
+
+    def init(self, rng: jax.Array, spec: Spec) -> Params:
+        """Returns new parameters for batches of the shapes in `spec`."""
+        ...
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
+        """Returns the training loss and what else to log.
+
+        The loss is a sum and its count: the step divides once, by the count over all microbatches and devices.
+        """
+        ...
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
+        """Returns the evaluation metrics of a batch."""
+        ...
+
+    def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Returns the outputs for a batch, each with a leading axis B."""
+        ...

@@ -1,0 +1,125 @@
+"""Classification and regression of whole examples: one logit vector an example."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.errors import UserError, nearest
+from research.metrics import Mean
+from research.task import Batch, Params, Spec
+
+OBJECTIVES = ("softmax", "sigmoid", "regression")
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """A model of (input_ids, attention_mask, token_type_ids) -> logits [B, C], and an objective.
+
+    Attributes:
+      model: the Linen module; its `num_outputs` is C.
+      objective: "softmax": one of C classes, cross-entropy, labels int [B]. "sigmoid": each of C labels on or off, binary
+        cross-entropy, labels 0 or 1 [B, C] (or [B] where C is 1). "regression": squared error, labels float [B].
+      label_smoothing: share of the probability spread evenly over the classes; "softmax" only.
+      label_names: C names, for what a person reads; taken from the training data where they are left out.
+    """
+
+    model: nn.Module
+    objective: str = "softmax"
+    label_smoothing: float = 0.0
+    label_names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        outputs = getattr(self.model, "num_outputs", None)
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"config.task.objective: unknown '{self.objective}'{nearest(self.objective, OBJECTIVES)}")
+        if self.label_smoothing and self.objective != "softmax":
+            raise UserError("config.task.label_smoothing: only objective 'softmax' smooths labels")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"config.task.label_smoothing: {self.label_smoothing} must lie in [0, 1)")
+        names = len(self.label_names)
+        binary = self.objective == "sigmoid" and outputs == 1 and names == 2
+        if names and self.objective != "regression" and names != outputs and not binary:
+            raise UserError(f"config.task.model.num_outputs: {outputs} outputs for {names} labels {self.label_names}")
+        if self.objective == "softmax" and outputs is not None and outputs < 2:
+            raise UserError("config.task.model.num_outputs: 'softmax' needs 2 or more; use objective 'sigmoid' for 1")
+
+    def init(self, rng: jax.Array, spec: Spec) -> Params:
+        """Returns new float32 parameters."""
+        inputs = [jnp.zeros(spec[name].shape, spec[name].dtype) for name in _inputs(spec)]
+        return self.model.init(rng, *inputs)["params"]
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
+        """Returns the mean loss over real examples, with dropout, and the accuracy on the batch."""
+        logits_BxC = self._logits(params, batch, {"dropout": rng})
+        return self._loss(logits_BxC, batch, self.label_smoothing), self._scores(logits_BxC, batch)
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
+        """Returns the loss, without dropout or smoothing, and the accuracy."""
+        logits_BxC = self._logits(params, batch, {})
+        return {"loss": self._loss(logits_BxC, batch, 0.0)} | self._scores(logits_BxC, batch)
+
+    def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Returns "logits" [B, C] and, but for regression, "probabilities" [B, C] and "label" (int, as in the data)."""
+        del rng  # nothing is drawn
+        logits_BxC = self._logits(params, batch, {})
+        if self.objective == "regression":
+            return {"logits": logits_BxC}
+        if self.objective == "softmax":
+            return {
+                "logits": logits_BxC,
+                "probabilities": jax.nn.softmax(logits_BxC),
+                "label": logits_BxC.argmax(axis=-1),
+            }
+        on_BxC = (logits_BxC > 0).astype(jnp.int32)
+        label = on_BxC[:, 0] if logits_BxC.shape[-1] == 1 else on_BxC
+        return {"logits": logits_BxC, "probabilities": jax.nn.sigmoid(logits_BxC), "label": label}
+
+    def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Puts one example's prediction in words: its label and every label's probability, or the predicted value."""
+        if self.objective == "regression":
+            return {"value": [float(x) for x in output["logits"]] if len(output["logits"]) > 1 else float(output["logits"][0])}
+        probabilities = [float(p) for p in output["probabilities"]]
+        if self.objective == "sigmoid" and len(probabilities) == 1:
+            probabilities = [1 - probabilities[0], probabilities[0]]
+        names = self.label_names or tuple(str(i) for i in range(len(probabilities)))
+        if np.ndim(output["label"]):
+            label: Any = [name for name, on in zip(names, output["label"]) if on]
+        else:
+            label = names[int(output["label"])]
+        return {"label": label, "probabilities": dict(zip(names, probabilities))}
+
+    def _logits(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
+        logits = self.model.apply({"params": params}, *[batch[name] for name in _inputs(batch)], rngs=rngs)
+        return logits.astype(jnp.float32)
+
+    def _loss(self, logits_BxC: jax.Array, batch: Batch, smoothing: float) -> Mean:
+        labels, mask = self._labels(logits_BxC, batch), batch["mask"]
+        if self.objective == "softmax":
+            targets_BxC = optax.smooth_labels(jax.nn.one_hot(labels, logits_BxC.shape[-1]), smoothing)
+            return Mean.of(optax.softmax_cross_entropy(logits_BxC, targets_BxC), mask)
+        each = optax.sigmoid_binary_cross_entropy if self.objective == "sigmoid" else optax.squared_error
+        return Mean.of(each(logits_BxC, labels).mean(axis=-1), mask)
+
+    def _scores(self, logits_BxC: jax.Array, batch: Batch) -> dict[str, Mean]:
+        labels, mask = self._labels(logits_BxC, batch), batch["mask"]
+        scores: dict[str, Callable[[], jax.Array]] = {
+            "softmax": lambda: logits_BxC.argmax(axis=-1) == labels,
+            "sigmoid": lambda: ((logits_BxC > 0) == (labels > 0.5)).astype(jnp.float32).mean(axis=-1),
+        }
+        return {"accuracy": Mean.of(scores[self.objective](), mask)} if self.objective in scores else {}
+
+    def _labels(self, logits_BxC: jax.Array, batch: Batch) -> jax.Array:
+        """Returns int [B] for softmax, else float [B, C]."""
+        labels = batch["label"]
+        return labels if self.objective == "softmax" else labels.reshape(logits_BxC.shape).astype(jnp.float32)
+
+
+def _inputs(batch: Batch | Spec) -> list[str]:
+    """Returns the model's inputs in their order."""
+    return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch]

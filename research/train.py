@@ -1,0 +1,211 @@
+"""The training loop, the only one: what happens, and in which order."""
+
+import functools
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from research import evaluate, figures, sharding
+from research.checkpoint import Checkpoints
+from research.experiment import Experiment
+from research.meter import Meter
+from research.metrics import Mean
+from research.optimizer import evaluation_params
+from research.preemption import PreemptedError, Preemption
+from research.record import Record, peak_memory_bytes, read_json, write_json
+from research.step import TrainState, train_step
+from research.writers import METRICS, Progress, Writer, read_metrics
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains what a config names, evaluates it and writes the run's folder; goes on where the folder's run stopped.
+
+    Args:
+      config: see README.md.
+      workdir: holds, at the end, config.json, run.json, metrics.jsonl, result.json, checkpoints/, tensorboard/, figures/.
+
+    Returns:
+      what result.json holds.
+
+    Raises:
+      UserError: the config, or a file that it names, is wrong.
+      PreemptedError: SIGTERM came; the state is saved.
+      NonFiniteError: the loss or its gradient is not finite.
+      UnreadableCheckpointError: the run has checkpoints, and none can be read.
+    """
+    experiment = Experiment(config)
+    experiment.build()
+    record = Record(workdir, experiment.resolved)
+    if (result := read_json(workdir / "result.json")) is not None:
+        Progress(experiment.num_steps, experiment.num_steps).table(f"{workdir}: finished before", summary(result))
+        return result
+    with record, Preemption() as preemption:
+        checkpoints = experiment.checkpoints(workdir)
+        try:
+            return _Loop(experiment, workdir, checkpoints, preemption, record).run()
+        finally:
+            checkpoints.close()
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the lines of the table that is shown at the end."""
+    rest = {key: value for key, value in result.items() if not isinstance(value, dict)}
+    best = {f"best {k} (step {v['step']})": v["value"] for k, v in result.get("best", {}).items()}
+    return result["metrics"] | best | rest
+
+
+class _Loop:
+    """The state of one attempt at a run."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: pathlib.Path,
+        checkpoints: Checkpoints,
+        preemption: Preemption,
+        record: Record,
+    ):
+        self.experiment, self.workdir, self.checkpoints, self.preemption = experiment, workdir, checkpoints, preemption
+        # Resume this run, else start from pretrained weights, else from scratch.
+        restored = checkpoints.restore(experiment.abstract_state)
+        self.state, extras = restored or (_start(experiment), {})
+        self.step = int(self.state.step)
+        record.note(resumed_from=self.step if restored else None)
+        self.batches = experiment.data.batches()
+        if restored:
+            self.batches.set_state(extras["data"])
+        self.meter = Meter(extras.get("meter"))
+        self.evaluation: dict[str, Any] = extras.get("evaluation", {"step": 0, "metrics": {}, "best": None, "stale": 0})
+        self.unread: dict[str, Mean] | None = None
+        self.writer = Writer(workdir, self.step)
+        self.progress = Progress(experiment.num_steps, self.step)
+        if restored:
+            self.progress.line(f"resumed from step {self.step}")
+        self.compiled: dict[Any, Any] = {}
+        shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
+        self.jitted = jax.jit(
+            functools.partial(train_step, experiment.task, experiment.optimizer),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(experiment.mesh)),
+        )
+
+    def run(self) -> dict[str, Any]:
+        with self.progress:
+            while True:
+                self.after_step()
+                if self.finished():
+                    break
+                if self.preemption.reached(self.step):
+                    self.save()
+                    raise PreemptedError(f"stopped at step {self.step}; run the same command to go on")
+                self.take_step()
+            self.checkpoints.wait()
+            return self.finish()
+
+    def take_step(self) -> None:
+        """Dispatches one step, then reads the metrics of the one before, while the device computes."""
+        rows = next(self.batches)
+        batch = sharding.place(rows, self.experiment.mesh, self.experiment.data.padding)
+        step = self.compile(batch)
+        start = time.monotonic()
+        self.state, metrics = step(self.state, batch)
+        self.read_metrics()
+        self.unread = metrics
+        self.step += 1
+        self.meter.add_batch(rows, jax.process_count())
+        self.meter.add_seconds(train=time.monotonic() - start)
+        self.progress.advance(self.step)
+
+    def after_step(self) -> None:
+        """Logs, evaluates and saves, each where it is due."""
+        log, last = self.experiment.log, self.step == self.experiment.num_steps
+        if self.step % log.every_steps == 0 or last:
+            self.read_metrics()
+            if scalars := self.meter.flush():
+                self.writer.write(self.step, scalars)
+                self.progress.log(self.step, scalars)
+        evaluated = False
+        if last or (log.evaluate_every_steps and self.step and self.step % log.evaluate_every_steps == 0):
+            evaluated = self.evaluate()
+        every = self.checkpoints.every_steps
+        if self.step and (self.finished() or (every and self.step % every == 0) or (evaluated and self.checkpoints.best)):
+            self.save()
+
+    def finished(self) -> bool:
+        patience = self.checkpoints.patience
+        exhausted = patience is not None and self.evaluation["stale"] >= patience
+        return self.step >= self.experiment.num_steps or exhausted
+
+    def evaluate(self) -> bool:
+        """Evaluates unless this step was; returns whether it did."""
+        if not self.experiment.evaluators or self.evaluation["step"] == self.step > 0:
+            return False
+        self.read_metrics()
+        params = evaluation_params(self.state.params, self.state.opt_state)
+        try:
+            with self.progress.phase(f"evaluating at step {self.step}"):
+                metrics = evaluate.scores(self.experiment.evaluators, params, self.preemption.check)
+        except PreemptedError:
+            self.save()
+            raise
+        self.writer.write(self.step, metrics)
+        self.progress.line("  ".join([f"step {self.step}", *(f"{k} {v:.4f}" for k, v in metrics.items())]))
+        self.evaluation |= {"step": self.step, "metrics": metrics}
+        if self.checkpoints.best is not None:
+            value = self.checkpoints.ranking(metrics)
+            best = self.evaluation["best"]
+            better = best is None or self.checkpoints.better(value, best["value"])
+            self.evaluation["best"] = {"value": value, "step": self.step} if better else best
+            self.evaluation["stale"] = 0 if better else self.evaluation["stale"] + 1
+        return True
+
+    def save(self) -> None:
+        self.read_metrics()  # a state whose loss is not finite is never saved
+        current = self.evaluation["step"] == self.step
+        extras = {"data": self.batches.get_state(), "meter": self.meter.state(), "evaluation": self.evaluation}
+        with self.progress.phase("saving", quiet=True):
+            self.checkpoints.save(self.step, self.state, extras, self.evaluation["metrics"] if current else {})
+
+    def read_metrics(self) -> None:
+        """Waits for the last step that was dispatched and adds its metrics."""
+        if self.unread is not None:
+            start = time.monotonic()
+            metrics, self.unread = jax.device_get(self.unread), None
+            self.meter.add_metrics(self.step, metrics)
+            self.meter.add_seconds(train=time.monotonic() - start)
+
+    def compile(self, batch: dict[str, jax.Array]) -> Any:
+        """Returns the step compiled for the batch's shapes."""
+        key = tuple((name, x.shape) for name, x in batch.items())
+        if key not in self.compiled:
+            shape = " x ".join(map(str, max((x.shape for x in batch.values()), key=np.prod)))
+            start = time.monotonic()
+            with self.progress.phase(f"compiling the training step for a batch of {shape}"):
+                self.compiled[key] = self.jitted.lower(self.state, batch).compile()
+            self.meter.add_seconds(compile=time.monotonic() - start)
+        return self.compiled[key]
+
+    def finish(self) -> dict[str, Any]:
+        """Draws the curves and writes result.json, last."""
+        self.writer.close()
+        best = {self.checkpoints.best: self.evaluation["best"]} if self.checkpoints.best else {}
+        metrics = self.evaluation["metrics"]
+        result = {"step": self.step, "metrics": metrics} | ({"best": best} if best else {})
+        result |= self.meter.summary() | {"peak_memory_bytes": peak_memory_bytes()}
+        if jax.process_index() == 0:
+            rows = read_metrics(self.workdir / METRICS)
+            figures.curves({self.workdir.name: rows}, None, self.workdir / "figures" / "curves.png")
+            write_json(self.workdir / "result.json", result)
+            self.progress.table(str(self.workdir), summary(result))
+        return result
+
+
+def _start(experiment: Experiment) -> TrainState:
+    """Returns a new state, each array made where it lives; its parameters are the pretrained ones where there are any."""
+    shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
+    loaded = experiment.pretrained()
+    return jax.jit(experiment.init_state, out_shardings=shardings)(loaded)

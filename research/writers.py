@@ -1,0 +1,135 @@
+"""Where numbers go: a progress line or plain log lines, TensorBoard, JSON lines. Only process 0 writes."""
+
+import contextlib
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+import jax
+import rich.console
+import rich.progress
+import rich.table
+import tensorboardX
+
+METRICS = "metrics.jsonl"
+
+
+class Writer:
+    """Appends scalars to metrics.jsonl and to TensorBoard files."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        """Opens the files of a run that goes on after `step`: what a stopped run wrote beyond it is dropped."""
+        self._file: TextIO | None = None
+        if jax.process_index() == 0:
+            path = workdir / METRICS
+            kept = [row for row in read_metrics(path) if row["step"] <= step]
+            temporary = path.with_suffix(".new")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            temporary.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one line; a NaN or an infinity becomes null, which JSON has."""
+        if self._file is not None:
+            row = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+            self._file.write(json.dumps({"step": step} | row) + "\n")
+            self._file.flush()
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Progress:
+    """A live line on a terminal; plain lines elsewhere."""
+
+    def __init__(self, num_steps: int, step: int):
+        """Shows a run of `num_steps` that stands at `step`."""
+        self._console = rich.console.Console(file=sys.stderr, quiet=jax.process_index() != 0, soft_wrap=True)
+        self._num_steps, self._first, self._step = num_steps, step, step
+        self._numbers = ""
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            disable=not self._console.is_terminal or jax.process_index() != 0,
+            transient=True,
+        )
+        self._task = self._bar.add_task("training", total=num_steps, completed=step, numbers="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def line(self, text: str) -> None:
+        """Prints a line that stays."""
+        self._console.print(text, markup=False, highlight=False)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, quiet: bool = False) -> Iterator[None]:
+        """Names what is going on while it is not training: compiling, evaluating, saving."""
+        start = time.monotonic()
+        self._bar.update(self._task, description=name)
+        if not self._console.is_terminal and not quiet:
+            self.line(f"{name} ...")
+        yield
+        if not self._console.is_terminal and not quiet:
+            self.line(f"{name}: {time.monotonic() - start:.1f} s")
+        self._bar.update(self._task, description="training")
+
+    def advance(self, step: int) -> None:
+        """Moves the live line."""
+        self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Shows the training metrics of a line of metrics.jsonl and the time left at its speed."""
+        speed = scalars.get("train/steps_per_second", 0.0)
+        parts = [f"loss {scalars['train/loss']:.4f}", f"{scalars['train/examples_per_second']:.1f} examples/s"]
+        if "train/tokens_per_second" in scalars:
+            parts.append(f"{scalars['train/tokens_per_second']:,.0f} tokens/s")
+        if speed:
+            parts.append(f"{duration((self._num_steps - step) / speed)} left")
+        numbers = "  ".join(parts)
+        self._bar.update(self._task, completed=step, numbers=numbers)
+        if not self._console.is_terminal:
+            self.line(f"step {step}/{self._num_steps}  {numbers}")
+
+    def table(self, title: str, values: Mapping[str, Any]) -> None:
+        """Prints a table of results."""
+        table = rich.table.Table("", "value", title=title, title_justify="left")
+        for name, value in values.items():
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        self._console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Returns "1:02:03" or "2:03"."""
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
