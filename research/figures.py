@@ -5,10 +5,12 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 Rows = Sequence[Mapping[str, float]]  # the lines of a metrics.jsonl, each with its "step"
 
@@ -74,8 +76,10 @@ def curves(
         axes[0].text(0.5, 0.5, "nothing was logged yet", ha="center", transform=axes[0].transAxes)
         axes[0].set_axis_off()
     colours = _colours(dict.fromkeys(groups[name] for name in runs))
+    last_step = max((row["step"] for rows in runs.values() for row in rows), default=1)
     for panel, (leaf, members) in zip(axes, panels.items()):
         _draw_panel(panel, leaf, members, runs, groups, colours)
+        panel.set_xlim(-0.03 * last_step, 1.04 * last_step)  # the same in every panel
     if len(colours) > 1:
         handles = [Line2D([], [], color=colours[name], label=name) for name in colours]
         figure.legend(
@@ -113,11 +117,14 @@ def results(
         axes.axvline(reference[1], color="0.4", linestyle="--", linewidth=1, label=reference[0])
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.5, -0.5)
-    _name_axis(axes.xaxis, metric.rsplit("/", 1)[-1])
-    axes.set_xlabel(f"{axes.get_xlabel()}  [{metric}]")
+    split, _, leaf = metric.rpartition("/")
+    _name_axis(axes.xaxis, leaf, f" ({split})" if split else "")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.margins(x=0.12)
     _style(axes)
-    handles = [Line2D([], [], color="0.35", marker="o", markersize=5, alpha=0.6, linestyle="", label="one run")]
+    handles: list[Artist] = [
+        Line2D([], [], color="0.35", marker="o", markersize=5, alpha=0.6, linestyle="", label="one run")
+    ]
     if any(len(numbers) > 1 for numbers in values.values()):
         handles.append(
             Line2D([], [], color="0.35", marker="D", markersize=6, linewidth=1.5, label="mean ± sample deviation")
@@ -153,37 +160,29 @@ def _draw_panel(
     """Draws one panel; colour tells groups apart where there are several, else the metrics."""
     several = len(colours) > 1
     own_colours = _colours(metrics)
-    handles, longest = {}, 0
+    legend: dict[str, Line2D] = {}
     for metric, dash in zip(metrics, DASHES * len(metrics)):
         for name, rows in runs.items():
             steps, numbers = _points(rows, metric)
-            if not len(steps):
-                continue
-            colour = colours[groups[name]] if several else own_colours[metric]
-            line = _draw_line(axes, metric, steps, numbers, colour, dash if several else "-")
-            longest = max(longest, len(steps))
-            handles.setdefault(line.get_label(), (line, metric))
-    if len(handles) > 1 or any(label != metric for label, (_, metric) in handles.items()):
-        shown = [
-            Line2D(
-                [],
-                [],
-                color="0.3" if several else line.get_color(),
-                label=label,
-                linestyle=line.get_linestyle(),
-                marker=line.get_marker(),
-                markersize=4,
-            )
-            for label, (line, _) in handles.items()
-        ]
-        axes.legend(handles=shown, fontsize=8, frameon=False)
+            if len(steps):
+                colour = colours[groups[name]] if several else own_colours[metric]
+                line = _draw_line(axes, metric, steps, numbers, colour, dash if several else "-")
+                legend.setdefault(str(line.get_label()), line)
+    if list(legend) != [metrics[0]]:  # the title alone would not say it
+        axes.legend(handles=[_sample(line, grey=several) for line in legend.values()], fontsize=8, frameon=False)
     axes.set_title(metrics[0] if len(metrics) == 1 else leaf.replace("_", " "), fontsize=10)
     axes.set_xlabel("optimizer step", fontsize=9)
     _name_axis(axes.yaxis, leaf)
-    if longest == 1:  # a single evaluation: leave room around its marker
-        axes.margins(0.3)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     _style(axes)
+
+
+def _sample(line: Line2D, grey: bool) -> Line2D:
+    """Returns a line for a legend; grey where a colour stands for a group and not for a metric."""
+    colour = "0.3" if grey else line.get_color()
+    sample = Line2D([], [], color=colour, linewidth=1.6, label=str(line.get_label()))
+    sample.set(linestyle=line.get_linestyle(), marker=line.get_marker(), markersize=4)
+    return sample
 
 
 def _draw_line(axes: Axes, metric: str, steps: np.ndarray, numbers: np.ndarray, colour: str, dash: str) -> Line2D:
@@ -229,9 +228,9 @@ def _colours(names: Iterable[str]) -> dict[str, str]:
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
-def _name_axis(axis, leaf: str) -> None:
+def _name_axis(axis: Axis, leaf: str, where: str = "") -> None:
     """Labels an axis with a metric's last name and its unit."""
-    axis.set_label_text(LABELS.get(leaf, leaf.replace("_", " ")), fontsize=9)
+    axis.set_label_text(LABELS.get(leaf, leaf.replace("_", " ")) + where, fontsize=9)
     if leaf.endswith("accuracy"):
         axis.set_major_formatter(PercentFormatter(1.0))
 
@@ -241,9 +240,10 @@ def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True) if (
-        "Scalar" in type(axes.yaxis.get_major_formatter()).__name__
-    ) else None
+    for axis in (axes.xaxis, axes.yaxis):
+        if isinstance(formatter := axis.get_major_formatter(), ScalarFormatter):
+            formatter.set_powerlimits((-3, 5))
+            formatter.set_useMathText(True)
 
 
 def _save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
