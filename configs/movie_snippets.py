@@ -51,7 +51,12 @@ def data(split: str) -> dict:
 
 def tiny(config: ConfigDict) -> ConfigDict:
     good, bad = ("a joy", "wonderful, warm and funny", "a fine film"), ("dull", "a cold, clumsy mess", "not worth it")
-    rows = [dict(text=f"{text}{'!' * (i % 5)}", label=label) for i in range(8) for label, t in enumerate((bad, good)) for text in t]
+    rows = [
+        dict(text=f"{text}{'!' * (i % 5)}", label=label)
+        for i in range(8)
+        for label, t in enumerate((bad, good))
+        for text in t
+    ]
     source = dict(call="research.data.source.examples", records=rows, label_names=dict(label=LABELS))
     config.tokenizer = dict(call="research.data.tokenizer.byte_level")
     encoder = dict(call="research.models.bert.Encoder", vocab_size=260, hidden_size=32, num_layers=2, num_heads=4)

@@ -1,7 +1,7 @@
 """Checkpoints by Orbax: asynchronous, atomic, verified when they are read.
 
-A checkpoint holds the train state, the position in the data and a checksum of every array. The checksums are computed on
-the devices that hold the arrays, before saving and after restoring, so that a damaged file is never trusted.
+A checkpoint holds the train state, the position in the data and a checksum of every array. The checksums are computed
+on the devices that hold the arrays, before saving and after restoring, so that a damaged file is never trusted.
 """
 
 import hashlib
@@ -58,7 +58,9 @@ class Checkpoints:
         if mode not in ("max", "min"):
             raise UserError(f"config.checkpoint.mode: '{mode}' is neither 'max' nor 'min'")
         if keep < 1 or every_steps < 0:
-            raise UserError(f"config.checkpoint: keep ({keep}) must be at least 1, every_steps ({every_steps}) at least 0")
+            raise UserError(
+                f"config.checkpoint: keep ({keep}) must be at least 1, every_steps ({every_steps}) at least 0"
+            )
         if patience is not None and best is None:
             raise UserError("config.checkpoint.patience: early stopping needs config.checkpoint.best, a metric's name")
         self.best, self.mode, self.every_steps, self.patience = best, mode, every_steps, patience
@@ -90,7 +92,7 @@ class Checkpoints:
         """Begins to save; returns once the arrays are copied. `extras` is JSON; a step that exists is left alone."""
         if step in self._manager.all_steps():
             return
-        ranked = dict(metrics) if self.best in metrics and np.isfinite(metrics[self.best]) else None
+        ranked = dict(metrics) if self.best and np.isfinite(metrics.get(self.best, np.nan)) else None
         extras = dict(extras) | {"checksums": _checksums(state)}
         self._manager.save(
             step,
@@ -140,8 +142,10 @@ class Checkpoints:
 
     def ranking(self, metrics: Mapping[str, float]) -> float:
         """Returns the value that checkpoints are ranked by."""
-        if self.best not in metrics:
-            raise UserError(f"config.checkpoint.best: no evaluation gives '{self.best}'{nearest(str(self.best), metrics)}")
+        if self.best is None or self.best not in metrics:
+            raise UserError(
+                f"config.checkpoint.best: no evaluation gives '{self.best}'{nearest(str(self.best), metrics)}"
+            )
         return metrics[self.best]
 
     def better(self, value: float, other: float) -> bool:

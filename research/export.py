@@ -1,11 +1,11 @@
 """A checkpoint as a folder that `transformers`' from_pretrained loads."""
 
 import pathlib
+import tempfile
 
 import jax
 from ml_collections import ConfigDict
 
-from research.data import tokenizer
 from research.evaluate import restore_params
 from research.experiment import Experiment
 from research.pretrained import huggingface
@@ -32,13 +32,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
     experiment = Experiment(config)
     step, params = restore_params(experiment, workdir, checkpoint)
     folder = pathlib.Path(output) if output else workdir / "export"
-    huggingface.save(
-        folder,
-        experiment.task.model,
-        jax.device_get(params),
-        labels=experiment.label_names or None,
-        problem_type=PROBLEMS.get(getattr(experiment.task, "objective", "")),
-        tokenizer_files=tokenizer.files(experiment.tokenizer) if experiment.tokenizer else (),
-    )
+    with tempfile.TemporaryDirectory() as temporary:
+        huggingface.save(
+            folder,
+            experiment.task.model,
+            jax.device_get(params),
+            labels=experiment.label_names or None,
+            problem_type=PROBLEMS.get(getattr(experiment.task, "objective", "")),
+            tokenizer_files=experiment.tokenizer.save(pathlib.Path(temporary)) if experiment.tokenizer else (),
+        )
     print(f"wrote the checkpoint of step {step} to {folder}")
     return folder

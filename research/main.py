@@ -23,14 +23,21 @@ from ml_collections import config_flags
 from research import overrides
 from research.errors import UserError, nearest
 
-MODES = {"train": (), "evaluate": ("checkpoint",), "predict": ("checkpoint", "input", "output"), "export": ("checkpoint", "output")}
+MODES = {
+    "train": (),
+    "evaluate": ("checkpoint",),
+    "predict": ("checkpoint", "input", "output"),
+    "export": ("checkpoint", "output"),
+}
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The config file, with its variant after a colon.", lock_config=True)
 flags.DEFINE_string("workdir", None, "The run's folder.")
 flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 flags.DEFINE_string("checkpoint", "", "latest, best or a step; by default the best, where the run keeps it.")
 flags.DEFINE_string("input", "-", "predict: the JSON lines to read; - is the standard input.")
-flags.DEFINE_string("output", "", "predict: the file to write, else the standard output; export: the folder, else DIR/export.")
+flags.DEFINE_string(
+    "output", "", "predict: the file to write, else the standard output; export: the folder, else DIR/export."
+)
 flags.DEFINE_bool("distributed", False, "Join the other processes of a pod or a cluster before starting.")
 
 

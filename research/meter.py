@@ -34,7 +34,9 @@ class Meter:
         for name, mean in metrics.items():
             total, count = float(mean.total), float(mean.count)
             if name in ("loss", "gradient_norm") and not math.isfinite(total):
-                raise NonFiniteError(f"the {name.replace('_', ' ')} is {total} at step {step}; the last good checkpoint is kept")
+                raise NonFiniteError(
+                    f"the {name.replace('_', ' ')} is {total} at step {step}; the last good checkpoint is kept"
+                )
             sums = self._means.setdefault(name, [0.0, 0.0])
             sums[0] += total
             sums[1] += count
@@ -44,7 +46,10 @@ class Meter:
         counts = {"steps": 1.0, "examples": float(batch["mask"].sum()) * processes}
         if "attention_mask" in batch:
             tokens = batch["attention_mask"][batch["mask"] > 0]
-            counts |= {"tokens": float(tokens.sum()) * processes, "places": float(batch["attention_mask"].size) * processes}
+            counts |= {
+                "tokens": float(tokens.sum()) * processes,
+                "places": float(batch["attention_mask"].size) * processes,
+            }
         self._add(counts)
 
     def add_seconds(self, **seconds: float) -> None:

@@ -82,7 +82,9 @@ def adamw(
     Raises:
       UserError: an argument is out of range, or a regular expression finds no parameter.
     """
-    _check(learning_rate=learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, microbatches=microbatches, average=average)
+    _check(
+        learning_rate=learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, microbatches=microbatches, average=average
+    )
     rate = make_schedule(schedule, learning_rate, warmup, num_steps, end_factor)
     frozen: Rules = tuple((pattern, 0.0) for pattern in freeze)
     trainable = functools.partial(_scale, functools.partial(path_values, rules=frozen))
@@ -96,10 +98,16 @@ def adamw(
         chain.append(optax.clip_by_global_norm(clip_norm))
     adam = optax.scale_by_adam(b1, b2, epsilon)
     # A parameter that is frozen altogether needs no moments.
-    chain.append(optax.masked(adam, lambda p: jax.tree.map(lambda v: not np.isscalar(v) or v != 0.0, path_values(p, frozen))) if freeze else adam)
+    chain.append(
+        optax.masked(adam, lambda p: jax.tree.map(lambda v: not np.isscalar(v) or v != 0.0, path_values(p, frozen)))
+        if freeze
+        else adam
+    )
     if weight_decay:
         decay = functools.partial(path_values, rules=tuple((pattern, 0.0) for pattern in no_decay))
-        chain.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, p, d: u + weight_decay * d * p, u, p, decay(p))))
+        chain.append(
+            optax.stateless(lambda u, p: jax.tree.map(lambda u, p, d: u + weight_decay * d * p, u, p, decay(p)))
+        )
     if freeze or learning_rate_multipliers or layer_decay is not None:
         chain.append(optax.stateless(lambda updates, params: _scale(factors, updates)))
     chain.append(optax.scale_by_learning_rate(rate))
@@ -121,7 +129,9 @@ def adamw(
 def make_schedule(name: str, peak: float, warmup: int | float, num_steps: int, end_factor: float) -> optax.Schedule:
     """Returns step -> learning rate: a linear warm-up from 0 to `peak`, then the named decay."""
     if isinstance(warmup, float) and not 0 <= warmup < 1:
-        raise UserError(f"optimizer.warmup: {warmup} as a share of the run must lie in [0, 1); give steps as an integer")
+        raise UserError(
+            f"optimizer.warmup: {warmup} as a share of the run must lie in [0, 1); give steps as an integer"
+        )
     warmup_steps = math.ceil(warmup * num_steps) if isinstance(warmup, float) else warmup
     if not 0 <= warmup_steps <= num_steps:
         raise UserError(f"optimizer.warmup: {warmup_steps} steps do not fit a run of {num_steps}")

@@ -20,7 +20,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str, output: str = "-"
     Args:
       config: of the run.
       workdir: the run's folder.
-      input: a file of JSON objects, a line each, with the fields that the config's data have but the label; "-" is stdin.
+      input: a file of JSON objects, a line each, with the fields of the config's data but the label; "-" is stdin.
       output: where each object goes with the prediction added; "-" is stdout.
       checkpoint: "latest", "best" or a step; "" takes the best where the run keeps it.
     """

@@ -15,7 +15,7 @@ class PreemptedError(Exception):
 class Preemption:
     """Notices SIGTERM while it is entered.
 
-    With several processes JAX's preemption service tells all of them of the same step to stop at; alone, a handler does.
+    With several processes JAX's preemption service tells all of them the same step to stop at; alone, a handler does.
     """
 
     def __init__(self):

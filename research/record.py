@@ -74,7 +74,11 @@ class Record:
             "git": git_revision(),
             "python": sys.version.split()[0],
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "hosts": jax.process_count()},
+            "devices": {
+                "kind": jax.devices()[0].device_kind,
+                "count": jax.device_count(),
+                "hosts": jax.process_count(),
+            },
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "seed": self._config.get("seed", 0),
             "assets": {uri: str(what) for uri, what in assets.resolved().items()},

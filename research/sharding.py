@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.errors import UserError
-from research.task import Batch
 
 AXES = ("data", "fsdp", "model")
 Rules = Sequence[tuple[str, P]]
@@ -82,7 +81,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def place(batch: Batch, mesh: Mesh, padding: dict[str, int]) -> dict[str, jax.Array]:
+def place(batch: Mapping[str, np.ndarray], mesh: Mesh, padding: dict[str, int]) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices, as a part of the global batch.
 
     Args:

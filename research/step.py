@@ -41,9 +41,7 @@ def init_state(task: Task, optimizer: Optimizer, spec: Spec, seed: int, loaded: 
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(step_rng))
 
 
-def train_step(
-    task: Task, optimizer: Optimizer, state: TrainState, batch: Batch
-) -> tuple[TrainState, dict[str, Mean]]:
+def train_step(task: Task, optimizer: Optimizer, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
     """Takes one step.
 
     Returns:
@@ -59,7 +57,7 @@ def train_step(
         "learning_rate": Mean(jnp.asarray(optimizer.learning_rate(state.step), jnp.float32), one),
     }
     params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
 def _gradients(

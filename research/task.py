@@ -3,19 +3,25 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from research.metrics import Mean
 
 # Always holds "mask", float32 [B]: 1 for a real example, 0 for one that only fills the batch up.
-Batch = Mapping[str, jax.Array | np.ndarray]
+Batch = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
 Spec = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Task(Protocol):
     """What the loop asks of an objective. Implementations are frozen dataclasses around a Linen module."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The Linen module that the parameters belong to."""
+        ...
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
         """Returns new parameters for batches of the shapes in `spec`."""
@@ -34,4 +40,8 @@ class Task(Protocol):
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         """Returns the outputs for a batch, each with a leading axis B."""
+        ...
+
+    def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Returns one example's outputs as a person reads them, and as JSON knows them."""
         ...

@@ -1,12 +1,12 @@
 """The training loop, the only one: what happens, and in which order."""
 
 import functools
+import math
 import pathlib
 import time
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from research import evaluate, figures, sharding
@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
     Args:
       config: see README.md.
-      workdir: holds, at the end, config.json, run.json, metrics.jsonl, result.json, checkpoints/, tensorboard/, figures/.
+      workdir: holds at the end config.json, run.json, metrics.jsonl, result.json, checkpoints/, tensorboard/, figures/.
 
     Returns:
       what result.json holds.
@@ -132,7 +132,9 @@ class _Loop:
         if last or (log.evaluate_every_steps and self.step and self.step % log.evaluate_every_steps == 0):
             evaluated = self.evaluate()
         every = self.checkpoints.every_steps
-        if self.step and (self.finished() or (every and self.step % every == 0) or (evaluated and self.checkpoints.best)):
+        if self.step and (
+            self.finished() or (every and self.step % every == 0) or (evaluated and self.checkpoints.best)
+        ):
             self.save()
 
     def finished(self) -> bool:
@@ -182,7 +184,7 @@ class _Loop:
         """Returns the step compiled for the batch's shapes."""
         key = tuple((name, x.shape) for name, x in batch.items())
         if key not in self.compiled:
-            shape = " x ".join(map(str, max((x.shape for x in batch.values()), key=np.prod)))
+            shape = " x ".join(map(str, max((x.shape for x in batch.values()), key=math.prod)))
             start = time.monotonic()
             with self.progress.phase(f"compiling the training step for a batch of {shape}"):
                 self.compiled[key] = self.jitted.lower(self.state, batch).compile()
@@ -205,7 +207,7 @@ class _Loop:
 
 
 def _start(experiment: Experiment) -> TrainState:
-    """Returns a new state, each array made where it lives; its parameters are the pretrained ones where there are any."""
+    """Returns a new state, each array made where it lives; its parameters are pretrained where there are weights."""
     shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
     loaded = experiment.pretrained()
     return jax.jit(experiment.init_state, out_shardings=shardings)(loaded)

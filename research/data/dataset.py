@@ -1,8 +1,8 @@
 """From a source of examples to batches: read, shuffled, transformed, sorted by length, padded; by Grain.
 
-The order of training examples is a function of (seed, position) and the same however often a run is interrupted. Batches
-are cut from windows of consecutive shuffled examples that are sorted by length, and padded to the least of a few lengths
-that holds them: little padding, few compiled shapes.
+The order of training examples is a function of (seed, position) and the same however often a run is interrupted.
+Batches are cut from windows of consecutive shuffled examples that are sorted by length, and padded to the least of a
+few lengths that holds them: little padding, few compiled shapes.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ class Dataset:
     Attributes:
       source: random access to examples.
       features: what goes into a batch; a feature that an example lacks is an error in training and evaluation.
-      ops: callables from example to example, applied in turn; one with a parameter `rng` gets a numpy Generator that is a
-        function of (seed, position). One with `padding` makes sequences: feature -> what fills it up; its `max_length` is
-        their greatest length.
+      ops: callables from example to example, applied in turn; one with a parameter `rng` gets a numpy Generator that
+        is a function of (seed, position). One with `padding` makes sequences: feature -> what fills it up; its
+        `max_length` is their greatest length.
       batch_size: global.
       seed: of the order and of the ops.
       length_buckets: how many lengths batches may have, chosen to pad least, or the lengths themselves.
@@ -193,4 +193,3 @@ class _Each(grain.experimental.FlatMapTransform):
 
 def _is_random(op: Callable[..., Example]) -> bool:
     return "rng" in inspect.signature(op).parameters
-

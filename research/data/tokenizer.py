@@ -33,13 +33,22 @@ class Tokenizer:
         backend.enable_truncation(max_length)
         return dataclasses.replace(self, backend=backend)
 
+    def save(self, folder: pathlib.Path) -> list[pathlib.Path]:
+        """Returns the files that `transformers` loads the tokenizer from; those it was not loaded from are written."""
+        if self.folder is not None and (self.folder / "tokenizer.json").exists():
+            return [self.folder / name for name in FILES if (self.folder / name).exists()]
+        self.backend.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.backend.id_to_token(self.pad_id)}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return [folder / "tokenizer.json", folder / "tokenizer_config.json"]
+
 
 def load(path: str) -> Tokenizer:
     """Loads the tokenizer of a Hugging Face folder.
 
     Args:
-      path: anything that `assets.resolve` takes: the folder, or its tokenizer.json. A folder with a vocab.txt alone gets
-        BERT's WordPiece tokenizer.
+      path: anything that `assets.resolve` takes: the folder, or its tokenizer.json. A folder with a vocab.txt alone
+        gets BERT's WordPiece tokenizer.
     """
     file = assets.resolve(path)
     folder = file if file.is_dir() else file.parent

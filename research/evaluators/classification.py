@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from research.data.dataset import Dataset
 from research.errors import UserError, nearest
 from research.evaluators import batches
-from research.metrics import merge
+from research.metrics import Mean, merge
 from research.task import Batch, Params, Task
 
 
@@ -70,7 +70,7 @@ class Scores:
         labels, predictions = columns["target"][real], columns["prediction"][real]
         return {"loss": float(loss)} | {name: float(SCORES[name](labels, predictions)) for name in self.scores}
 
-    def _batch(self, params: Params, batch: Batch) -> tuple[dict, dict[str, jax.Array]]:
+    def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, Mean], dict[str, jax.Array]]:
         outputs = self.task.predict(params, batch, jax.random.key(0))
         prediction = outputs["label"] if "label" in outputs else outputs["logits"][:, 0]
         rows = {"prediction": prediction, "target": batch["label"], "mask": batch["mask"]}

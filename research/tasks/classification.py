@@ -23,8 +23,8 @@ class Classification:
 
     Attributes:
       model: the Linen module; its `num_outputs` is C.
-      objective: "softmax": one of C classes, cross-entropy, labels int [B]. "sigmoid": each of C labels on or off, binary
-        cross-entropy, labels 0 or 1 [B, C] (or [B] where C is 1). "regression": squared error, labels float [B].
+      objective: "softmax": one of C classes, cross-entropy, labels int [B]. "sigmoid": each of C labels on or off,
+        binary cross-entropy, labels 0 or 1 [B, C] (or [B] where C is 1). "regression": squared error, labels float [B].
       label_smoothing: share of the probability spread evenly over the classes; "softmax" only.
       label_names: C names, for what a person reads; taken from the training data where they are left out.
     """
@@ -83,7 +83,11 @@ class Classification:
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
         """Puts one example's prediction in words: its label and every label's probability, or the predicted value."""
         if self.objective == "regression":
-            return {"value": [float(x) for x in output["logits"]] if len(output["logits"]) > 1 else float(output["logits"][0])}
+            return {
+                "value": [float(x) for x in output["logits"]]
+                if len(output["logits"]) > 1
+                else float(output["logits"][0])
+            }
         probabilities = [float(p) for p in output["probabilities"]]
         if self.objective == "sigmoid" and len(probabilities) == 1:
             probabilities = [1 - probabilities[0], probabilities[0]]
@@ -96,7 +100,7 @@ class Classification:
 
     def _logits(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
         logits = self.model.apply({"params": params}, *[batch[name] for name in _inputs(batch)], rngs=rngs)
-        return logits.astype(jnp.float32)
+        return jnp.asarray(logits, jnp.float32)
 
     def _loss(self, logits_BxC: jax.Array, batch: Batch, smoothing: float) -> Mean:
         labels, mask = self._labels(logits_BxC, batch), batch["mask"]
