@@ -69,13 +69,13 @@ def family(request):
     return request.param
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(family, tmp_path):
     """A saved model of the family."""
     return huggingface.save(tmp_path / "model", MODELS[family], random_params(MODELS[family]))
 
 
-@pytest.fixture()
+@pytest.fixture
 def bert_folder(tmp_path):
     return huggingface.save(tmp_path / "model", MODELS["bert"], random_params(MODELS["bert"]))
 

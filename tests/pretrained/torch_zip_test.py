@@ -78,7 +78,7 @@ def write_pickle(path, data, storages=None, byteorder=b"little"):
             archive.writestr(f"archive/data/{key}", array.tobytes())
 
 
-@pytest.fixture()
+@pytest.fixture
 def path(tmp_path):
     return tmp_path / "pytorch_model.bin"
 
