@@ -20,8 +20,10 @@ from research.errors import UserError, nearest
 from research.optimizer import Optimizer
 from research.task import Params, Spec, Task
 
-KEYS = ("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals")
-KEYS += ("optimizer", "mesh", "checkpoint", "log", "derived")
+KEYS = (
+    *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
+    *("optimizer", "mesh", "checkpoint", "log", "derived"),
+)
 # What a section without `call` configures.
 SECTIONS = {
     "optimizer": "research.optimizer.adamw",

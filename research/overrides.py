@@ -133,8 +133,10 @@ def _value(field: Any) -> Any:
 def _parameters(node: Mapping[str, Any] | ConfigDict, name: str) -> set[str]:
     """Returns the parameters of what a section configures."""
     from research.build import locate  # here, as it takes seconds that a mistyped command line should not
-    from research.experiment import SECTIONS
+    from research.experiment import KEYS, SECTIONS
 
+    if name == "config":
+        return set(KEYS)
     call = node.get("call") or SECTIONS.get(name.removeprefix("config."))
     return set(inspect.signature(locate(call, name)).parameters) if call else set()
 
@@ -149,10 +151,10 @@ def _parse(text: str, kind: type, old: Any, path: str) -> Any:
             return kind(items if old and all(isinstance(x, str) for x in old) else map(_literal, items))
         value = _literal(text)
         if not isinstance(value, list | tuple):
-            raise UserError(f"{path}: '{text}' is not a sequence; write it like [1, 2] or [\"a\", \"b\"]")
+            raise UserError(f'{path}: \'{text}\' is not a sequence; write it like [1, 2] or ["a", "b"]')
         return kind(value)
     value = _literal(text)
-    if kind is type(None) or (value is None and not issubclass(kind, bool | int | float)):
+    if value is None or kind is type(None):
         return ConfigDict(value) if isinstance(value, dict) else value
     if issubclass(kind, dict | ConfigDict):
         if not isinstance(value, dict):

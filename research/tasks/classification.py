@@ -102,6 +102,7 @@ class Classification:
         return {"label": label, "probabilities": dict(zip(names, probabilities))}
 
     def _logits(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
+        self._check_length(batch["input_ids"].shape[1])
         logits = self.model.apply({"params": params}, *[batch.get(name) for name in INPUTS], rngs=rngs)
         return jnp.asarray(logits, jnp.float32)
 
@@ -131,13 +132,22 @@ class Classification:
         for name in ("input_ids", "attention_mask", "label"):
             if name not in spec:
                 raise UserError(f"config.data.features: '{name}' is missing{nearest(name, spec)}")
+        self._check_length(spec["input_ids"].shape[1])
         label, outputs = spec["label"], getattr(self.model, "num_outputs", None)
         integers = jnp.issubdtype(label.dtype, jnp.integer)
-        shape = "[B, C]" if label.ndim == 2 else "[B]"
+        found = f"{label.dtype} {'[B, C]' if label.ndim == 2 else '[B]'}"
         if self.objective == "softmax" and not (integers and label.ndim == 1):
             wanted = "class numbers, integers [B]"
         elif self.objective != "softmax" and label.shape[1:] not in [(outputs,)] + [()] * (outputs == 1):
             wanted = f"{outputs} numbers an example (config.task.model.num_outputs)"
         else:
             return
-        raise UserError(f"config.task.objective: '{self.objective}' takes {wanted}; the labels are {label.dtype} {shape}")
+        raise UserError(f"config.task.objective: '{self.objective}' takes {wanted}; the labels are {found}")
+
+    def _check_length(self, length: int) -> None:
+        """Raises UserError if the model has too few positions, which indexing would not tell."""
+        encoder = getattr(self.model, "encoder", None)
+        offset = getattr(encoder, "position_offset", None)
+        most = getattr(encoder, "max_positions", length) - (0 if offset is None else offset + 1)
+        if length > most:
+            raise UserError(f"config.data.ops: max_length {length} is more than the {most} tokens that the model takes")
