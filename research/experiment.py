@@ -5,23 +5,33 @@ import functools
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from research import optimizer, sharding, step
+from research import sharding, step
 from research.build import build, invoke, locate
 from research.checkpoint import Checkpoints
-from research.data.dataset import Dataset
+from research.data.dataset import Dataset, Source
 from research.errors import UserError, nearest
-from research.pretrained import huggingface
-from research.task import Params, Task
+from research.optimizer import Optimizer
+from research.task import Params, Spec, Task
 
-KEYS = ("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals")
-KEYS += ("optimizer", "mesh", "checkpoint", "log")
+KEYS = (
+    *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
+    *("optimizer", "mesh", "checkpoint", "log", "derived"),
+)
+# What a section without `call` configures.
+SECTIONS = {
+    "optimizer": "research.optimizer.adamw",
+    "init": "research.pretrained.huggingface.load_params",
+    "mesh": "research.sharding.make_mesh",
+    "checkpoint": "research.checkpoint.Checkpoints",
+    "log": "research.experiment.Log",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,29 +46,24 @@ class Log:
     every_steps: int = 10
     evaluate_every_steps: int = 0
 
+    def __post_init__(self):
+        if self.every_steps < 1 or self.evaluate_every_steps < 0:
+            raise UserError("config.log: every_steps must be at least 1, evaluate_every_steps at least 0")
+
 
 class Experiment:
     """The objects of one config.
 
     Attributes:
-      config: the top level; see README.md for its keys.
+      config: the top level; see README.md for its keys. `derived`, which a run adds, is what its training data had to
+        say, so that a checkpoint can be used without them.
     """
 
-    def __init__(self, config: ConfigDict, source: Sequence[dict[str, Any]] | None = None):
+    def __init__(self, config: ConfigDict, source: Source | None = None):
         """Checks the top level; nothing is built yet. `source` takes the place of the training data's."""
-        for key in config:
-            if key not in KEYS:
-                raise UserError(f"config.{key}: there is no such key{nearest(key, KEYS)}")
-        for key in ("batch_size", "task", "data"):
-            if config.get(key) is None:
-                raise UserError(f"config.{key}: it is missing")
-        if (config.get("num_steps") is None) == (config.get("num_epochs") is None):
-            raise UserError("config.num_steps, config.num_epochs: set one of them, and only one")
-        for key in ("seed", "batch_size", "num_steps"):
-            if not isinstance(config.get(key) or 0, int):
-                raise UserError(f"config.{key}: {config[key]!r} is not an integer")
-        self.config = config
+        self.config = ConfigDict(json.loads(config.to_json()))  # as config.json holds it: plain values, no references
         self._source = source
+        _check(self.config)
 
     def build(self) -> None:
         """Builds all that training needs, so that a mistake anywhere in the config is found before any work is done."""
@@ -68,7 +73,7 @@ class Experiment:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """All devices."""
-        mesh = invoke(sharding.make_mesh, self._section("mesh"), "config.mesh")
+        mesh = self._invoke("mesh")
         sharding.check_batch_size(self.config.batch_size, mesh, self._section("optimizer").get("microbatches", 1))
         return mesh
 
@@ -80,14 +85,29 @@ class Experiment:
     @functools.cached_property
     def data(self) -> Dataset:
         """The training data."""
-        node = dict(self.config.data.items())
-        return build(node if self._source is None else node | {"source": self._source}, "config.data", **self._basics)
+        if self._source is None:
+            return build(self.config.data, "config.data", **self._basics)
+        node = {key: value for key, value in self.config.data.items() if key != "source"}
+        return build(node, "config.data", source=self._source, **self._basics)
+
+    @functools.cached_property
+    def derived(self) -> dict[str, Any]:
+        """What the training data have to say: "label_names", "num_steps", and the "spec" of their batches."""
+        if self.config.get("derived"):
+            return self.config.derived.to_dict()
+        num_steps = self.config.get("num_steps")
+        if num_steps is None:
+            num_steps = max(int(self.config.num_epochs * len(self.data.source) / self.config.batch_size), 1)
+        return {
+            "label_names": list(getattr(self.data.source, "label_names", {}).get("label", ())),
+            "num_steps": num_steps,
+            "spec": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in self.data.spec.items()},
+        }
 
     @functools.cached_property
     def label_names(self) -> tuple[str, ...]:
         """The names of the classes: the config's, or the training data's; () where there are none."""
-        given = self.config.task.get("label_names")
-        return tuple(given or getattr(self.data.source, "label_names", {}).get("label", ()))
+        return tuple(self.config.task.get("label_names") or self.derived["label_names"])
 
     @functools.cached_property
     def task(self) -> Task:
@@ -95,27 +115,29 @@ class Experiment:
         context = self._basics | {"mesh": self.mesh, "label_names": self.label_names}
         if self.label_names:
             context["num_outputs"] = len(self.label_names)
+        elif self.config.task.get("objective") == "regression":
+            context["num_outputs"] = 1
         return build(self.config.task, "config.task", **context)
 
     @functools.cached_property
     def evaluators(self) -> dict[str, Callable[..., dict[str, float]]]:
         """Name -> evaluator."""
         context = self._basics | {"mesh": self.mesh, "task": self.task}
-        return build(self.config.get("evals") or {}, "config.evals", **context)
+        evaluators = build(self.config.get("evals") or {}, "config.evals", **context)
+        for name, evaluator in evaluators.items():
+            if not callable(evaluator):
+                raise UserError(f"config.evals.{name}: it is no evaluator; it needs a `call`")
+        return evaluators
 
-    @functools.cached_property
+    @property
     def num_steps(self) -> int:
         """The length of training."""
-        if self.config.get("num_steps") is not None:
-            return self.config.num_steps
-        return max(int(self.config.num_epochs * len(self.data.source) / self.config.batch_size), 1)
+        return self.derived["num_steps"]
 
     @functools.cached_property
-    def optimizer(self) -> optimizer.Optimizer:
+    def optimizer(self) -> Optimizer:
         """The optimizer; AdamW unless the section has a `call`."""
-        section = self._section("optimizer")
-        target = locate(section.pop("call"), "config.optimizer") if "call" in section else optimizer.adamw
-        return invoke(target, section, "config.optimizer", num_steps=self.num_steps)
+        return self._invoke("optimizer", num_steps=self.num_steps)
 
     @functools.cached_property
     def abstract_state(self) -> step.TrainState:
@@ -124,18 +146,22 @@ class Experiment:
         placed = sharding.shardings(shapes, self.mesh)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
+    @property
+    def spec(self) -> Spec:
+        """The shapes and dtypes of the largest training batch."""
+        spec = self.derived["spec"]
+        return {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in spec.items()}
+
     def init_state(self, loaded: Params | None = None) -> step.TrainState:
         """Returns a new train state; pure. See `step.init_state`."""
-        return step.init_state(self.task, self.optimizer, self.data.spec, self.config.get("seed", 0), loaded)
+        return step.init_state(self.task, self.optimizer, self.spec, self.config.get("seed", 0), loaded)
 
     def pretrained(self) -> Params | None:
         """Reads the weights that `config.init` names; None where the parameters it lacks are to be initialised."""
-        section = self._section("init")
-        if not section:
+        if not self.config.get("init"):
             return None
-        target = locate(section.pop("call"), "config.init") if "call" in section else huggingface.load_params
         shapes = self.abstract_state.params
-        loaded, report = invoke(target, section, "config.init", model=self.task.model, params_shape=shapes)
+        loaded, report = self._invoke("init", model=self.task.model, params_shape=shapes)
         if report.new:
             logging.warning("newly initialised, as the weights hold none: %s", ", ".join(report.new))
         if report.unused:
@@ -150,31 +176,54 @@ class Experiment:
 
     def checkpoints(self, workdir: pathlib.Path, read_only: bool = False) -> Checkpoints:
         """Opens the checkpoints of the run in `workdir`."""
-        section, directory = self._section("checkpoint"), workdir / "checkpoints"
-        return invoke(Checkpoints, section, "config.checkpoint", directory=directory, read_only=read_only)
+        return self._invoke("checkpoint", directory=workdir / "checkpoints", read_only=read_only)
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The config as JSON knows it, with what the data had to say filled in."""
-        config = json.loads(json.dumps(self.config.to_dict()))
-        if self.label_names:
-            config["task"]["label_names"] = list(self.label_names)
-        return config
+        """The config with what the data had to say, as JSON knows it."""
+        return self.config.to_dict() | {"derived": self.derived}
 
     @functools.cached_property
     def log(self) -> Log:
         """What is logged and when."""
-        return invoke(Log, self._section("log"), "config.log")
+        return self._invoke("log")
 
     @property
     def _basics(self) -> dict[str, Any]:
         basics = {"seed": self.config.get("seed", 0), "batch_size": self.config.batch_size}
         return basics | ({"tokenizer": self.tokenizer} if self.tokenizer is not None else {})
 
-    def _section(self, key: str) -> dict[str, Any]:
+    def _section(self, key: str) -> Mapping[str, Any]:
         section = self.config.get(key) or {}
         if not isinstance(section, Mapping | ConfigDict):
             raise UserError(f"config.{key}: {section!r} is not a section")
-        return build({k: v for k, v in section.items() if k != "call"}, f"config.{key}") | (
-            {"call": section["call"]} if "call" in section else {}
-        )
+        return section
+
+    def _invoke(self, key: str, **context: Any) -> Any:
+        """Calls what a section configures."""
+        section = self._section(key)
+        target = locate(section.get("call") or SECTIONS[key], f"config.{key}")
+        arguments = build({k: section[k] for k in section if k != "call"}, f"config.{key}", **context)
+        return invoke(target, arguments, f"config.{key}", **context)
+
+
+def _check(config: ConfigDict) -> None:
+    """Raises UserError unless the top level has the keys that it needs, and numbers where they must be."""
+    for key in config:
+        if key not in KEYS:
+            raise UserError(f"config.{key}: there is no such key{nearest(key, KEYS)}")
+    for key in ("batch_size", "task", "data"):
+        if config.get(key) is None:
+            raise UserError(f"config.{key}: it is missing")
+    for key in ("task", "data"):
+        if not isinstance(config[key], ConfigDict) or "call" not in config[key]:
+            raise UserError(f"config.{key}: it must be a section with a `call`")
+    if (config.get("num_steps") is None) == (config.get("num_epochs") is None):
+        raise UserError("config.num_steps, config.num_epochs: set one of them, and only one")
+    least = {"seed": 0, "batch_size": 1, "num_steps": 1, "num_epochs": 0}
+    for key in least:
+        value, kinds = config.get(key), (int, float) if key == "num_epochs" else (int,)
+        if value is not None and type(value) not in kinds:
+            raise UserError(f"config.{key}: {value!r} is not {'a number' if key == 'num_epochs' else 'an integer'}")
+        if value is not None and value < least[key]:
+            raise UserError(f"config.{key}: {value} is less than {least[key]}")

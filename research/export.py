@@ -31,13 +31,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
     """
     experiment = Experiment(config)
     step, params = restore_params(experiment, workdir, checkpoint)
-    folder = pathlib.Path(output) if output else workdir / "export"
+    folder = pathlib.Path(output).expanduser() if output else workdir / "export"
+    labels = experiment.label_names[-experiment.task.model.num_outputs :]  # of two labels on one output, the second
     with tempfile.TemporaryDirectory() as temporary:
         huggingface.save(
             folder,
             experiment.task.model,
             jax.device_get(params),
-            labels=experiment.label_names or None,
+            labels=labels or None,
             problem_type=PROBLEMS.get(getattr(experiment.task, "objective", "")),
             tokenizer_files=experiment.tokenizer.save(pathlib.Path(temporary)) if experiment.tokenizer else (),
         )

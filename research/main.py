@@ -1,24 +1,34 @@
 """python -m research.main --config=configs/NAME.py[:VARIANT] --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]
 
 Modes:
-  train     train, evaluate, and go on where the run in --workdir stopped (the default)
-  evaluate  a checkpoint through config.evals
-  predict   JSON lines in (--input), the same with predictions out (--output)
-  export    a folder that Hugging Face's from_pretrained loads (--output)
+  train      train, evaluate, and go on where the run in --workdir stopped (the default)
+  evaluate   a checkpoint through config.evals
+  predict    JSON lines in (--input), the same with predictions out (--output)
+  export     a folder that Hugging Face's from_pretrained loads (--output)
 
-All but train use the config of the run in --workdir where --config is left out.
+Flags:
+  --config        the config file and, after a colon, its variant; all modes but train take that of the run in --workdir
+                  where it is left out
+  --config.KEY    overrides a value of the config: --config.optimizer.learning_rate=3e-5
+  --workdir       the run's folder
+  --mode          one of the above
+  --checkpoint    latest, best or a step, in all modes but train; by default the best, where the run keeps it
+  --input         predict: the file to read; by default, and for -, the standard input
+  --output        predict: the file to write; by default, and for -, the standard output.
+                  export: the folder to write; by default export in the run's folder
+  --distributed   join the other processes of a pod or a cluster before starting
+
 Exit status: 0 done; 2 your mistake, said in one line; 75 preempted after saving, run the same again; 1 anything else.
 """
 
+import argparse
 import importlib
 import logging
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
-
-from absl import flags
-from ml_collections import config_flags
+from typing import NoReturn
 
 from research import overrides
 from research.errors import UserError, nearest
@@ -29,42 +39,62 @@ MODES = {
     "predict": ("checkpoint", "input", "output"),
     "export": ("checkpoint", "output"),
 }
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "The config file, with its variant after a colon.", lock_config=True)
-flags.DEFINE_string("workdir", None, "The run's folder.")
-flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
-flags.DEFINE_string("checkpoint", "", "latest, best or a step; by default the best, where the run keeps it.")
-flags.DEFINE_string("input", "-", "predict: the JSON lines to read; - is the standard input.")
-flags.DEFINE_string(
-    "output", "", "predict: the file to write, else the standard output; export: the folder, else DIR/export."
-)
-flags.DEFINE_bool("distributed", False, "Join the other processes of a pod or a cluster before starting.")
+FLAGS = ("config", "workdir", "mode", "checkpoint", "input", "output")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns the exit status."""
+    """Runs the command line, without the program's name, and returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # libraries tell of their options
+    if not argv or {"-h", "--help"} & set(argv):
+        print(__doc__, file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
     try:
-        overrides.parse(FLAGS, argv)
-        return _dispatch()
+        return _run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _dispatch() -> int:
-    if FLAGS.mode not in MODES:
-        raise UserError(f"--mode: there is no '{FLAGS.mode}'{nearest(FLAGS.mode, MODES)}")
-    for name in {name for names in MODES.values() for name in names} - set(MODES[FLAGS.mode]):
-        if FLAGS[name].present:
-            raise UserError(f"--{name}: --mode={FLAGS.mode} takes no such flag")
-    if not FLAGS.workdir:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in FLAGS:
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--distributed", action="store_true")
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("--"):
+            raise UserError(f"'{name}' is no flag; flags begin with -- and hold no spaces around =")
+        raise UserError(f"{name}: there is no such flag{nearest(name, [f'--{n}' for n in (*FLAGS, 'distributed')])}")
+    flags.mode = flags.mode or "train"
+    if flags.mode not in MODES:
+        raise UserError(f"--mode: there is no '{flags.mode}'{nearest(flags.mode, MODES)}")
+    for name in ("checkpoint", "input", "output"):
+        if getattr(flags, name) is not None and name not in MODES[flags.mode]:
+            raise UserError(f"--{name}: --mode={flags.mode} takes no such flag")
+    if not flags.workdir:
         raise UserError("--workdir: say which folder holds, or will hold, the run")
-    if FLAGS.config is None and FLAGS.mode == "train":
+    if not flags.config and flags.mode == "train":
         raise UserError("--config: say which config file to train, such as --config=configs/movie_snippets.py")
-    workdir = pathlib.Path(FLAGS.workdir).expanduser().absolute()
+    return flags
+
+
+def _run(argv: Sequence[str]) -> int:
+    changes, rest = overrides.split(argv)
+    flags = _parse(rest)
+    workdir = pathlib.Path(flags.workdir).expanduser().absolute()
+    if flags.config:
+        config = overrides.load(flags.config)
+        overrides.apply(config, changes)  # before JAX is imported, which takes seconds
     import jax
 
+    from research.checkpoint import UnreadableCheckpointError
     from research.meter import NonFiniteError
     from research.preemption import PreemptedError
     from research.record import load_config
@@ -72,20 +102,23 @@ def _dispatch() -> int:
     cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/research/compiled").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if FLAGS.distributed:
+    if flags.distributed:
         jax.distributed.initialize()
-    config = load_config(workdir) if FLAGS.config is None else FLAGS.config
-    run = importlib.import_module(f"research.{FLAGS.mode}").run
+    if not flags.config:
+        config = load_config(workdir)
+        overrides.apply(config, changes)
+    run = importlib.import_module(f"research.{flags.mode}").run
+    given = {name: getattr(flags, name) for name in MODES[flags.mode]}
     try:
-        run(config, workdir, **{name: FLAGS[name].value for name in MODES[FLAGS.mode]})
+        run(config, workdir, **{name: value for name, value in given.items() if value is not None})
     except PreemptedError as error:
         print(f"preempted: {error}", file=sys.stderr)
         return 75
-    except NonFiniteError as error:
+    except (NonFiniteError, UnreadableCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main(sys.argv[1:]))

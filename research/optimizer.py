@@ -144,6 +144,8 @@ def make_schedule(name: str, peak: float, warmup: int | float, num_steps: int, e
     }
     if name not in decays:
         raise UserError(f"optimizer.schedule: unknown '{name}'{nearest(name, decays)}")
+    if end_factor and name not in ("linear", "cosine"):
+        raise UserError(f"optimizer.end_factor: schedule '{name}' takes none")
     if warmup_steps == 0:
         return decays[name]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decays[name]], [warmup_steps])

@@ -1,63 +1,197 @@
-"""The command line's mistakes, in one line each."""
+"""The command line: a config file, what it overrides, and its mistakes in one line each."""
 
+import ast
+import importlib.util
+import inspect
+import json
 import pathlib
 import re
-import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
+from ml_collections import ConfigDict, FieldReference
 
 from research.errors import UserError, nearest
 
+Override = tuple[str, str]  # its key below the config, "optimizer.learning_rate", and its value as it was typed
 
-def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Parses the command line, overrides such as --config.optimizer.learning_rate=3e-5 included.
+
+def split(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """Parts a command line into overrides (--config.KEY=VALUE) and the rest.
 
     Raises:
-      UserError: a flag or a config key does not exist, or a value has the wrong type.
+      UserError: an override has no value, or another one follows that undoes it.
     """
-    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv):
-        print(f"{sys.modules['__main__'].__doc__}\n{values.module_help(sys.modules['__main__'])}")
-        sys.exit(0)
-    _check_file(argv)
-    try:
-        rest = values(list(argv))
-    except (AttributeError, KeyError, IndexError):
-        raise UserError(_unknown_key(values, argv)) from None
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).removeprefix("flag ").split())) from None
-    if len(rest) > 1:
-        raise UserError(f"'{rest[1]}' is no flag; flags begin with -- and hold no spaces around =")
-
-
-def _check_file(argv: Sequence[str]) -> None:
-    """Raises UserError if the config file is not there."""
-    for argument, following in zip(argv, [*argv[1:], ""]):
-        found = re.fullmatch(r"--?config(?:=(.*))?", argument)
+    overrides: list[Override] = []
+    rest = []
+    for argument in argv:
+        found = re.match(r"--config\.([^=]*)(=)?(.*)", argument, re.DOTALL)
         if not found:
+            rest.append(argument)
             continue
-        path = pathlib.Path((found[1] if found[1] is not None else following).split(":")[0])
-        if not path.is_file():
-            folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
-            raise UserError(f"--config: there is no file {path}{nearest(str(path), map(str, folder.glob('*.py')))}")
+        if not found[2]:
+            raise UserError(f"{argument}: it has no value; write {argument}=VALUE")
+        for earlier, _ in overrides:
+            if earlier == found[1] or earlier.startswith((f"{found[1]}.", f"{found[1]}[")):
+                raise UserError(f"config.{earlier}: it is overridden by the later --config.{found[1]}; leave one out")
+        overrides.append((found[1], found[3]))
+    return overrides, rest
 
 
-def _unknown_key(values: flags.FlagValues, argv: Sequence[str]) -> str:
-    """Returns which override names a key that the config does not have, and the nearest that it has."""
-    values.unparse_flags()
-    values([argv[0], *(a for a in argv[1:] if re.match(r"--?config(=|$)", a))])
-    for argument in argv[1:]:
-        path = re.match(r"--?config\.([^=]+)", argument)
-        node: Any = values.config
-        for i, key in enumerate(re.findall(r"[^.\[\]]+", path[1]) if path else []):
-            if isinstance(node, Sequence) and not isinstance(node, str) and key.isdigit() and int(key) < len(node):
-                node = node[int(key)]
-            elif isinstance(node, Mapping) or hasattr(node, "keys"):
-                if key not in node:
-                    return f"config.{path[1]}: there is no such key{nearest(key, node.keys())}"  # type: ignore[index]
-                node = node[key]
-            else:
-                parts = path[1].split(".")[: i + 1]  # type: ignore[index]
-                return f"config.{'.'.join(parts)}: there is no such key below a plain value"
-    return "a config override names a key that does not exist"
+def load(argument: str) -> ConfigDict:
+    """Returns what `get_config` in a file gives; `argument` is its path and, after a colon, the variant.
+
+    Raises:
+      UserError: there is no such file or variant, or its Python is wrong.
+    """
+    name, _, variant = argument.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
+        raise UserError(f"--config: there is no file {path}{nearest(name, map(str, folder.glob('*.py')))}")
+    try:
+        spec = importlib.util.spec_from_file_location("config", path)
+        if spec is None or spec.loader is None:
+            raise UserError(f"--config: {path} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(variant) if variant else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config: {_where(error, path)}: {_one_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config in {path} returns a {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def apply(config: ConfigDict, overrides: Sequence[Override]) -> None:
+    """Overrides values of a config.
+
+    A value is read as what it replaces: text as it is, numbers, true and false as JSON, sequences as JSON or parted by
+    commas, sections as JSON. What replaces null, or is new, may be any of these. A key is new where the callable that
+    its section configures has a parameter of that name.
+
+    Raises:
+      UserError: a key that does not exist, with the nearest that does, or a value of the wrong type.
+    """
+    for key, text in overrides:
+        if not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\d+\])*", key):
+            raise UserError(f"--config.{key}: keys are written like config.data.ops[0].max_length")
+        *parents, last = [int(p[1:]) if p[0] == "[" else p for p in re.findall(r"[\w-]+|\[\d+", key)]
+        node: Any = config
+        name = "config"
+        for part in parents:
+            node, name = _child(node, part, name), _join(name, part)
+        _set(node, last, text, name)
+
+
+def _join(name: str, part: str | int) -> str:
+    return f"{name}[{part}]" if isinstance(part, int) else f"{name}.{part}"
+
+
+def _child(node: Any, part: str | int, name: str) -> Any:
+    """Returns the node below `node`, which is called `name`."""
+    if isinstance(part, int):
+        if not isinstance(node, list | tuple):
+            raise UserError(f"{name}: it is no sequence, so there is no {name}[{part}]")
+        if part >= len(node):
+            raise UserError(f"{name}[{part}]: the sequence has {len(node)} items, counted from 0")
+    elif not isinstance(node, ConfigDict | dict):
+        raise UserError(f"{name}.{part}: there is no such key below a plain value")
+    elif part not in node:
+        known = set(node) | _parameters(node, name)
+        raise UserError(f"{name}.{part}: there is no such key{nearest(part, known)}")
+    return _value(node[part])
+
+
+def _set(node: Any, part: str | int, text: str, name: str) -> None:
+    """Sets one value, everywhere if it is a reference that other keys follow."""
+    path = _join(name, part)
+    new = isinstance(node, ConfigDict | dict) and part not in node and part in _parameters(node, name)
+    old = None if new else _child(node, part, name)
+    kind = type(old)
+    if isinstance(node, ConfigDict) and not new:
+        kind = node.get_type(part)  # placeholders have one before they have a value
+    value = _parse(text, kind, old, path)
+    if isinstance(node, ConfigDict):
+        with node.unlocked(), node.ignore_type():  # an integer stays one where a float was: warmup=100
+            node[part] = value
+    elif isinstance(node, tuple):
+        raise UserError(f"{path}: override the whole sequence, {name}")
+    elif isinstance(node, dict) and isinstance(node.get(part), FieldReference):
+        node[part].set(value, type_safe=False)
+    else:
+        node[part] = value
+
+
+def _value(field: Any) -> Any:
+    return field.get() if isinstance(field, FieldReference) else field
+
+
+def _parameters(node: Mapping[str, Any] | ConfigDict, name: str) -> set[str]:
+    """Returns the parameters of what a section configures."""
+    from research.build import locate  # here, as it takes seconds that a mistyped command line should not
+    from research.experiment import KEYS, SECTIONS
+
+    if name == "config":
+        return set(KEYS)
+    call = node.get("call") or SECTIONS.get(name.removeprefix("config."))
+    return set(inspect.signature(locate(call, name)).parameters) if call else set()
+
+
+def _parse(text: str, kind: type, old: Any, path: str) -> Any:
+    """Returns the value that `text` stands for where one of type `kind` stood."""
+    if kind is str:
+        return text
+    if issubclass(kind, list | tuple):
+        if not text.lstrip().startswith(("[", "(")):
+            items = [item.strip() for item in text.split(",")] if text.strip() else []
+            return kind(items if old and all(isinstance(x, str) for x in old) else map(_literal, items))
+        value = _literal(text)
+        if not isinstance(value, list | tuple):
+            raise UserError(f'{path}: \'{text}\' is not a sequence; write it like [1, 2] or ["a", "b"]')
+        return kind(value)
+    value = _literal(text)
+    if value is None or kind is type(None):
+        return ConfigDict(value) if isinstance(value, dict) else value
+    if issubclass(kind, dict | ConfigDict):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: it is a section, not '{text}'; override its keys{_some_keys(old, path)}")
+        return ConfigDict(value)
+    wanted = {bool: (bool,), int: (int,), float: (int, float)}.get(kind, (kind,))
+    if type(value) not in wanted:
+        article = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, f"a {kind.__name__}")
+        raise UserError(f"{path}: '{text}' is not {article}")
+    return value
+
+
+def _literal(text: str) -> Any:
+    """Reads JSON, or else Python's literals, or else leaves text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        named = {"True": True, "False": False, "None": None}
+        return named[text] if text in named else ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _some_keys(section: Any, path: str) -> str:
+    return f", such as --{path}.{next(iter(section))}" if section else ""
+
+
+def _where(error: Exception, path: pathlib.Path) -> str:
+    """Returns file:line, the last line of the config file that an error passed through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines.append(error.lineno)
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
+def _one_line(error: Exception) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())}"

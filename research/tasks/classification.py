@@ -15,6 +15,7 @@ from research.metrics import Mean
 from research.task import Batch, Params, Spec
 
 OBJECTIVES = ("softmax", "sigmoid", "regression")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,13 @@ class Classification:
             raise UserError("config.task.model.num_outputs: 'softmax' needs 2 or more; use objective 'sigmoid' for 1")
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters."""
-        inputs = [jnp.zeros(spec[name].shape, spec[name].dtype) for name in _inputs(spec)]
+        """Returns new float32 parameters.
+
+        Raises:
+          UserError: the features are not those that the model and the objective need.
+        """
+        self._check(spec)
+        inputs = [jnp.zeros(spec[name].shape, spec[name].dtype) if name in spec else None for name in INPUTS]
         return self.model.init(rng, *inputs)["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
@@ -83,11 +89,8 @@ class Classification:
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
         """Puts one example's prediction in words: its label and every label's probability, or the predicted value."""
         if self.objective == "regression":
-            return {
-                "value": [float(x) for x in output["logits"]]
-                if len(output["logits"]) > 1
-                else float(output["logits"][0])
-            }
+            values = [float(x) for x in output["logits"]]
+            return {"value": values if len(values) > 1 else values[0]}
         probabilities = [float(p) for p in output["probabilities"]]
         if self.objective == "sigmoid" and len(probabilities) == 1:
             probabilities = [1 - probabilities[0], probabilities[0]]
@@ -99,7 +102,8 @@ class Classification:
         return {"label": label, "probabilities": dict(zip(names, probabilities))}
 
     def _logits(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
-        logits = self.model.apply({"params": params}, *[batch[name] for name in _inputs(batch)], rngs=rngs)
+        self._check_length(batch["input_ids"].shape[1])
+        logits = self.model.apply({"params": params}, *[batch.get(name) for name in INPUTS], rngs=rngs)
         return jnp.asarray(logits, jnp.float32)
 
     def _loss(self, logits_BxC: jax.Array, batch: Batch, smoothing: float) -> Mean:
@@ -123,7 +127,27 @@ class Classification:
         labels = batch["label"]
         return labels if self.objective == "softmax" else labels.reshape(logits_BxC.shape).astype(jnp.float32)
 
+    def _check(self, spec: Spec) -> None:
+        """Raises UserError unless the features are there and the labels have the objective's shape and type."""
+        for name in ("input_ids", "attention_mask", "label"):
+            if name not in spec:
+                raise UserError(f"config.data.features: '{name}' is missing{nearest(name, spec)}")
+        self._check_length(spec["input_ids"].shape[1])
+        label, outputs = spec["label"], getattr(self.model, "num_outputs", None)
+        integers = jnp.issubdtype(label.dtype, jnp.integer)
+        found = f"{label.dtype} {'[B, C]' if label.ndim == 2 else '[B]'}"
+        if self.objective == "softmax" and not (integers and label.ndim == 1):
+            wanted = "class numbers, integers [B]"
+        elif self.objective != "softmax" and label.shape[1:] not in [(outputs,)] + [()] * (outputs == 1):
+            wanted = f"{outputs} numbers an example (config.task.model.num_outputs)"
+        else:
+            return
+        raise UserError(f"config.task.objective: '{self.objective}' takes {wanted}; the labels are {found}")
 
-def _inputs(batch: Batch | Spec) -> list[str]:
-    """Returns the model's inputs in their order."""
-    return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch]
+    def _check_length(self, length: int) -> None:
+        """Raises UserError if the model has too few positions, which indexing would not tell."""
+        encoder = getattr(self.model, "encoder", None)
+        offset = getattr(encoder, "position_offset", None)
+        most = getattr(encoder, "max_positions", length) - (0 if offset is None else offset + 1)
+        if length > most:
+            raise UserError(f"config.data.ops: max_length {length} is more than the {most} tokens that the model takes")
