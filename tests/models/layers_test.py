@@ -159,6 +159,30 @@ def test_dropout_is_the_identity_without_a_key_or_a_rate():
     np.testing.assert_array_equal(layers.Dropout(0.0).apply({}, x, rngs={"dropout": jax.random.key(0)}), x)
 
 
+def test_dropout_masks_are_unrelated_between_keys_and_positions():
+    keys = jax.random.split(jax.random.key(7), 24)
+    kept = jax.vmap(lambda key: layers.Dropout(0.3).apply({}, jnp.ones((64, 96)), rngs={"dropout": key}))(keys) > 0
+    kept = np.asarray(kept, np.float64)
+    assert abs(kept.mean() - 0.7) < 5 * (0.21 / kept.size) ** 0.5
+    centred = kept - 0.7
+    pairs = {
+        "rows": (centred[:, 1:] * centred[:, :-1]),
+        "columns": (centred[:, :, 1:] * centred[:, :, :-1]),
+        "keys": (centred[1:] * centred[:-1]),
+        "far rows": (centred[:, 32:] * centred[:, :-32]),
+    }
+    for name, products in pairs.items():
+        assert abs(products.mean()) / 0.21 < 5 / products.size**0.5, name
+    counts = kept.reshape(24, -1).sum(axis=1)
+    expected = 0.7 * 64 * 96
+    assert (abs(counts - expected) < 5 * (0.21 * 64 * 96) ** 0.5).all()
+
+
+def test_dropout_rates_of_one_or_more_are_refused():
+    with pytest.raises(UserError, match="dropout rate must lie in"):
+        layers.Dropout(1.0).apply({}, jnp.ones(3), rngs={"dropout": jax.random.key(0)})
+
+
 def test_dropout_is_a_function_of_its_key():
     def draw(key):
         return np.asarray(layers.Dropout(0.5).apply({}, jnp.ones((64,)), rngs={"dropout": jax.random.key(key)}))
