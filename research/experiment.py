@@ -20,21 +20,8 @@ from research.errors import UserError, nearest
 from research.pretrained import huggingface
 from research.task import Params, Task
 
-KEYS = [
-    "seed",
-    "batch_size",
-    "num_steps",
-    "num_epochs",
-    "tokenizer",
-    "task",
-    "init",
-    "data",
-    "evals",
-    "optimizer",
-    "mesh",
-    "checkpoint",
-    "log",
-]
+KEYS = ("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals")
+KEYS += ("optimizer", "mesh", "checkpoint", "log")
 
 
 @dataclasses.dataclass(frozen=True)
