@@ -65,6 +65,7 @@ def _dispatch() -> int:
     workdir = pathlib.Path(FLAGS.workdir).expanduser().absolute()
     import jax
 
+    from research.checkpoint import SaveError, UnreadableCheckpointError, quieten
     from research.meter import NonFiniteError
     from research.preemption import PreemptedError
     from research.record import load_config
@@ -73,7 +74,12 @@ def _dispatch() -> int:
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if FLAGS.distributed:
-        jax.distributed.initialize()
+        # Cloud TPU and Slurm say who takes part; elsewhere these variables and JAX_COORDINATOR_ADDRESS do.
+        count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )
+    quieten()
     config = load_config(workdir) if FLAGS.config is None else FLAGS.config
     run = importlib.import_module(f"research.{FLAGS.mode}").run
     try:
@@ -81,7 +87,7 @@ def _dispatch() -> int:
     except PreemptedError as error:
         print(f"preempted: {error}", file=sys.stderr)
         return 75
-    except NonFiniteError as error:
+    except (NonFiniteError, UnreadableCheckpointError, SaveError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
