@@ -26,7 +26,8 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.init = dict(path=MINILM)
     config.data = data(split="train", length_buckets=10)
-    config.evals = dict(test=dict(call="research.evaluators.classification.Scores", data=data(split="test", length_buckets=3)))
+    test = data(split="test", length_buckets=3)
+    config.evals = dict(test=dict(call="research.evaluators.classification.Scores", data=test))
     config.optimizer = dict(
         learning_rate=5e-5, schedule="linear", warmup=0.1, weight_decay=0.01, clip_norm=1.0, microbatches=1
     )

@@ -15,7 +15,8 @@ FEATURES = ("input_ids", "attention_mask", "token_type_ids", "label", "id")
 
 def make_source(size=103, seed=0):
     random = np.random.default_rng(seed)
-    return [{"text": " ".join(random.choice(WORDS, random.integers(1, 12))), "label": i % 2, "id": i} for i in range(size)]
+    texts = [" ".join(random.choice(WORDS, random.integers(1, 12))) for _ in range(size)]
+    return [{"text": text, "label": i % 2, "id": i} for i, text in enumerate(texts)]
 
 
 def make_dataset(size=103, **arguments):
