@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
         model=dict(call="research.pretrained.huggingface.sequence_classifier", path=MINILM, unroll=6),
     )
     config.init = dict(path=MINILM)
-    config.data = data(split="train", length_buckets=10)
+    config.data = data(split="train", length_buckets=9)
     test = data(split="test", length_buckets=3)
     config.evals = dict(test=dict(call="research.evaluators.classification.Scores", data=test))
     config.optimizer = dict(

@@ -23,10 +23,9 @@ import time
 from research import assets
 from research.data.datasets import movie_snippets
 from research.errors import UserError
+from research.variants import MINILM
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for configs, which are no installed package
-from configs.movie_snippets import MODEL  # noqa: E402
 
 SIDES = ("ours", "trainer")
 BATCH_SIZE, TRAIN_EXAMPLES = 32, 9509
@@ -42,7 +41,7 @@ def command(side: str, arguments: argparse.Namespace, folder: pathlib.Path) -> l
         options = [f"--workdir={folder}", f"--config.num_epochs={epochs}", f"--config.log.every_steps={LOG_EVERY}"]
         return [sys.executable, "-m", "research.main", "--config=configs/movie_snippets.py", *options]
     script = str(ROOT / "experiments" / "movie_snippets" / "peer_trainer.py")
-    source = [f"--model={assets.resolve(MODEL)}", f"--data={assets.resolve(movie_snippets.SOURCE)}"]
+    source = [f"--model={assets.resolve(MINILM)}", f"--data={assets.resolve(movie_snippets.SOURCE)}"]
     options = [f"--output={folder}", f"--max-steps={arguments.steps}", f"--threads={arguments.threads}", "--no-eval"]
     return [str(arguments.peer_python), script, *source, *options]
 
