@@ -253,15 +253,18 @@ class _Kept(checkpoint_managers.PreservationPolicy):
 
 
 def quieten() -> None:
-    """Keeps what Orbax logs off the screen, process-wide; what goes wrong is raised, and said once, by `Checkpoints`.
+    """Keeps the pages that Orbax prints about an error off the screen, process-wide.
 
-    TensorStore's threads, moreover, report to event loops that Orbax closed after the first error.
+    It logs what it raises, leaves coroutines behind, and closes event loops that TensorStore's threads still report to.
+    What goes wrong is raised, and said once, by `Checkpoints`.
     """
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in pathlib.Path(record.pathname).parts)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)
+        if str(unraisable.exc_value) != "Event loop is closed" and not (code and "orbax" in code.co_filename):
             before(unraisable)
 
     sys.unraisablehook = hook
