@@ -9,10 +9,10 @@ import hashlib
 import json
 import logging
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -167,7 +167,7 @@ class Checkpoints:
         except Exception as error:  # whatever damaged bytes make Orbax, TensorStore or JSON raise
             failure = error
         if not _everywhere(failure is None):
-            reason = _first_line(failure) if failure else "another process says so"
+            reason = _reason(failure) if failure else "another process says so"
             raise UnreadableCheckpointError(f"checkpoint {step} is unreadable ({reason})") from failure
         if _describe(state, _sums(jax.tree.leaves(state))) != stored:
             raise UnreadableCheckpointError(f"checkpoint {step} is unreadable (its checksums are not those saved)")
@@ -253,18 +253,21 @@ class _Kept(checkpoint_managers.PreservationPolicy):
 
 
 def quieten() -> None:
-    """Keeps what Orbax logs off the screen, process-wide; what goes wrong is raised, and said once, by `Checkpoints`.
+    """Keeps the pages that Orbax prints about an error off the screen, process-wide.
 
-    TensorStore's threads, moreover, report to event loops that Orbax closed after the first error.
+    It logs what it raises, leaves coroutines behind, and closes event loops that TensorStore's threads still report to.
+    What goes wrong is raised, and said once, by `Checkpoints`.
     """
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in pathlib.Path(record.pathname).parts)
-    before = sys.excepthook
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            before(kind, error, traceback)
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if str(unraisable.exc_value) != "Event loop is closed" and not (code and "orbax" in code.co_filename):
+            before(unraisable)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
@@ -273,7 +276,7 @@ def _saving() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise SaveError(f"a checkpoint could not be saved ({_first_line(error)}); those before it are kept") from error
+        raise SaveError(f"a checkpoint could not be saved ({_reason(error)}); those before it are kept") from error
 
 
 def _everywhere(here: bool) -> bool:
@@ -316,5 +319,8 @@ def _digest(extras: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(extras, sort_keys=True).encode()).hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+def _reason(error: Exception) -> str:
+    """Returns one line; of the system's errors inside TensorStore's only what the system said."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    system = re.search(r"([^:\[]+) \[os_error", line)
+    return system[1].strip() if system else f"{type(error).__name__}: {line}"[:200]

@@ -4,7 +4,7 @@ import functools
 import math
 import pathlib
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
@@ -103,8 +103,7 @@ class _Loop:
                 if self.finished():
                     break
                 if self.preemption.reached(self.step):
-                    self.save()
-                    raise PreemptedError(f"stopped at step {self.step}; run the same command to go on")
+                    self.stop()
                 self.take_step()
             self.checkpoints.wait()
             return self.finish()
@@ -156,8 +155,7 @@ class _Loop:
             with self.progress.phase(f"evaluating at step {self.step}"):
                 metrics = evaluate.scores(self.experiment.evaluators, params, self.preemption.check)
         except PreemptedError:
-            self.save()
-            raise
+            self.stop()
         self.writer.write(self.step, metrics)
         self.progress.line("  ".join([f"step {self.step}", *(f"{k} {v:.4f}" for k, v in metrics.items())]))
         self.evaluation |= {"step": self.step, "metrics": metrics}
@@ -177,6 +175,10 @@ class _Loop:
         best = self.evaluation["best"]
         with self.progress.phase("saving", quiet=True):
             self.checkpoints.save(self.step, self.state, extras, best and best["step"], replace)
+
+    def stop(self) -> NoReturn:
+        self.save()
+        raise PreemptedError(f"stopped at step {self.step}; run the same command to go on")
 
     def read_metrics(self) -> None:
         """Waits for the last step that was dispatched and adds its metrics."""

@@ -40,8 +40,9 @@ class Writer:
             self.lines = len(kept)
             self._file = path.open("a", encoding="utf-8")
             # Written in this thread: SummaryWriter's own thread dies where the disk is full, and blocks this one.
-            (workdir / "tensorboard").mkdir(exist_ok=True)
-            self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
+            board = workdir / "tensorboard"
+            board.mkdir(exist_ok=True)
+            self._board = EventsWriter(str(board / "events"), f".{len(list(board.iterdir()))}")  # a file an attempt
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides the dropped steps
             self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
