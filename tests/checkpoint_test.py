@@ -116,6 +116,18 @@ def test_a_step_that_exists_is_left_alone_or_replaced(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
 
 
+def test_extras_are_those_of_the_moment_of_saving(tmp_path):
+    checkpoints, extras = Checkpoints(tmp_path), {"counts": {"steps": 0}}
+    for step in range(5):
+        extras["counts"]["steps"] = step
+        checkpoints.save(step, state(step), extras)
+        for _ in range(1000):
+            extras["counts"]["steps"] += 1
+    checkpoints.wait()
+    assert checkpoints.restore(abstract(state(0)))[1]["counts"] == {"steps": 4}
+    checkpoints.close()
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_replacement_that_was_interrupted(folder, finished):
     (folder / "20").rename(folder / "replaced-20")
