@@ -65,7 +65,7 @@ def adamw(
       num_steps: length of the run, which the schedules need.
       learning_rate: the peak.
       schedule: "linear", "cosine", "inverse_sqrt" or "constant", after a linear warm-up from 0.
-      warmup: in steps where it is an int, a share of `num_steps` where it is a float.
+      warmup: a share of `num_steps` below 1, else steps.
       end_factor: what part of the peak "linear" and "cosine" end at.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -128,11 +128,9 @@ def adamw(
 
 def make_schedule(name: str, peak: float, warmup: int | float, num_steps: int, end_factor: float) -> optax.Schedule:
     """Returns step -> learning rate: a linear warm-up from 0 to `peak`, then the named decay."""
-    if isinstance(warmup, float) and not 0 <= warmup < 1:
-        raise UserError(
-            f"config.optimizer.warmup: {warmup} as a share of the run must lie in [0, 1); give steps as an integer"
-        )
-    warmup_steps = math.ceil(warmup * num_steps) if isinstance(warmup, float) else warmup
+    if warmup >= 1 and warmup != int(warmup):
+        raise UserError(f"config.optimizer.warmup: {warmup} is no number of steps; a share of the run must lie in [0, 1)")
+    warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * num_steps)
     if not 0 <= warmup_steps <= num_steps:
         raise UserError(f"config.optimizer.warmup: {warmup_steps} steps do not fit a run of {num_steps}")
     decay_steps = max(num_steps - warmup_steps, 1)

@@ -1,7 +1,6 @@
 """The command line: a config file, what it overrides, and its mistakes in one line each."""
 
 import ast
-import contextlib
 import importlib.util
 import inspect
 import json
@@ -124,9 +123,10 @@ def _set(node: Any, part: str | int, text: str, name: str) -> None:
     if not new and isinstance(fields[part], FieldReference):
         fields[part].set(value, type_safe=False)
         return
-    with node.unlocked() if isinstance(node, ConfigDict) else contextlib.nullcontext():
-        if not new and not isinstance(node, list):
-            del node[part]  # else a ConfigDict would keep the old type, and make warmup=100 a share of the run
+    if not isinstance(node, ConfigDict):
+        node[part] = value
+        return
+    with node.unlocked(), node.ignore_type():
         node[part] = value
 
 

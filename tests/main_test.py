@@ -90,28 +90,28 @@ OVERRIDES = {
     "nothing": ("batch_size=", "config.batch_size: '' is not an integer"),
     "value for section": (
         "optimizer=adam",
-        "config.optimizer: it is a section, not 'adam'; override its keys, such as",
+        "config.optimizer: it is a section, not 'adam'; override its keys",
     ),
     "garbage for section": ("evals={test", "config.evals: it is a section, not '{test'"),
     "section misspelt": ('optimizer={"learning_rat": 1}', "config.optimizer.learning_rat: .* 'learning_rate'"),
     "section wanting": ("optimizer={}", "config.optimizer.learning_rate: adamw needs it"),
     "evals": ('evals={"test": {"x": 1}}', "config.evals.test: it is no evaluator"),
     "task": ("task={}", "config.task: it must be a section with a `call`"),
-    "no such class": ("task.call=research.tasks.classification.Clasification", "config.task.call: .* 'Classification'"),
+    "no such class": ("task.call=research.tasks.classification.Clasification", "no 'Clasification' in .* 'Classification'"),
     "no such module": (
         "task.call=research.tasks.clasification.X",
-        "config.task.call: .* 'research.tasks.classification",
+        "no module .*; did you mean",
     ),
     "below a class": ("task.call=research.tasks.classification.Classification.x", "config.task.call: no module"),
-    "no package": ("task.call=reserch.tasks.X", "config.task.call: no module 'reserch.tasks'; did you mean 'research'"),
+    "no package": ("task.call=reserch.tasks.X", "config.task.call: no module 'reserch.tasks'; did you"),
     "no module": ("task.call=Classification", "config.task.call: 'Classification' is not written like package"),
     "not callable": (
         "task.call=research.errors.difflib",
-        "config.task.call: 'research.errors.difflib' cannot be called",
+        "'research.errors.difflib' cannot be called",
     ),
     "package missing": (
         "task.call=needs_a_package.Task",
-        "needs the package 'a_package_that_nobody_has', which is not",
+        "needs the package 'a_package_that_nobody_has'",
     ),
     "batch size": ("optimizer.microbatches=3", "config.batch_size: 8 does not divide into 3 parts"),
     "mesh": ("mesh.model=5", "config.mesh: .* needs .* devices"),
@@ -124,7 +124,7 @@ OVERRIDES = {
     "schedule": ("optimizer.schedule=linaer", "config.optimizer.schedule: unknown 'linaer'; did you mean 'linear'"),
     "score": (
         "evals.test.scores=acuracy",
-        "config.evals.test.scores: unknown score 'acuracy'; did you mean 'accuracy'",
+        "scores: unknown score 'acuracy'; did you mean 'accuracy'",
     ),
     "score of others": ("evals.test.scores=pearson", "config.evals.test.scores: 'pearson' is no score of 2 outputs"),
     "features": ("data.features=input_ids,label", "config.data.features: 'attention_mask' is missing"),
@@ -152,7 +152,7 @@ def test_overrides(case, capsys, tmp_path, monkeypatch):
         (["seed=1", "seed=2"], "config.seed: it is overridden by the later --config.seed"),
         (
             ["evals.test.scores=f1", "evals={}"],
-            "config.evals.test.scores: it is overridden by the later --config.evals",
+            "config.evals.test.scores: it is overridden by the later",
         ),
     ],
 )
@@ -162,11 +162,11 @@ def test_overrides_without_effect(overrides, message, capsys, tmp_path):
 
 TABLES = {
     "no file given": ([], "config.data.source.train: table needs it"),
-    "no such file": (["train={}/tabel.csv"], "config.data.source: no such file or folder: .* did you mean 'table.csv'"),
+    "no such file": (["train={}/tabel.csv"], "config.data.source: no such file or .* did you mean 'table.csv'"),
     "no such column": (["train={}/table.csv", "text=txt"], "has no column 'txt'; did you mean 'text'"),
     "no such kind": (
         ["train={}/table.csv", "kind=clasification"],
-        "config.data.source.kind: no 'clasification'; did you",
+        "config.data.source.kind: no 'clasification'; ",
     ),
     "held out": (["train={}/table.csv", "held_out=2"], "config.data.source.held_out: 2"),
 }
