@@ -22,11 +22,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tokenizer = dict(call="research.data.tokenizer.load", path=MINILM)
     config.task = dict(
         call="research.tasks.classification.Classification",
-        model=dict(call="research.pretrained.huggingface.sequence_classifier", path=MINILM),
+        model=dict(call="research.pretrained.huggingface.sequence_classifier", path=MINILM, unroll=6),
     )
     config.init = dict(path=MINILM)
-    config.data = data(split="train")
-    config.evals = dict(test=dict(call="research.evaluators.classification.Scores", data=data(split="test")))
+    config.data = data(split="train", length_buckets=9)
+    test = data(split="test", length_buckets=3)
+    config.evals = dict(test=dict(call="research.evaluators.classification.Scores", data=test))
     config.optimizer = dict(
         learning_rate=5e-5, schedule="linear", warmup=0.1, weight_decay=0.01, clip_norm=1.0, microbatches=1
     )
@@ -36,12 +37,13 @@ def get_config(variant: str = "") -> ConfigDict:
     return choose(variant, VARIANTS, config)
 
 
-def data(split: str) -> dict:
+def data(split: str, length_buckets: int) -> dict:
     return dict(
         call="research.data.dataset.Dataset",
         source=dict(call="research.data.source.tfds", dataset="movie_snippets", split=split),
         ops=[dict(call="research.data.text.Tokenize", fields=["text"], max_length=64)],
         features=["input_ids", "attention_mask", "token_type_ids", "label"],
+        length_buckets=length_buckets,
     )
 
 

@@ -4,17 +4,22 @@ A checkpoint holds the train state, the position in the data and a checksum of e
 on the devices that hold the arrays, before saving and after restoring, so that a damaged file is never trusted.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Mapping
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from research.errors import UserError, nearest
@@ -22,7 +27,11 @@ from research.step import TrainState
 
 
 class UnreadableCheckpointError(Exception):
-    """A run has checkpoints and none of them can be read."""
+    """A checkpoint is damaged, or a run has checkpoints and all of them are."""
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written, because the disk is full for example; those before it are whole."""
 
 
 class Checkpoints:
@@ -64,45 +73,56 @@ class Checkpoints:
         if patience is not None and best is None:
             raise UserError("config.checkpoint.patience: early stopping needs config.checkpoint.best, a metric's name")
         self.best, self.mode, self.every_steps, self.patience = best, mode, every_steps, patience
-        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
-        if best:
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
-                    reverse=mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
         self._directory = directory
+        self._kept = _Kept(keep)
+        if not read_only:
+            self._end_replacement()
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                preservation_policy=self._kept,
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
                 create=not read_only,
-                best_fn=(lambda metrics: metrics[best]) if best else None,  # makes Orbax keep the metrics
-                best_mode=mode,
             ),
             item_names=("state", "extras"),
         )
 
-    def save(self, step: int, state: TrainState, extras: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Begins to save; returns once the arrays are copied. `extras` is JSON; a step that exists is left alone."""
-        if step in self._manager.all_steps():
+    def save(
+        self, step: int, state: TrainState, extras: Mapping[str, Any], best: int | None = None, replace: bool = False
+    ) -> None:
+        """Begins to save; returns once the arrays are copied.
+
+        Args:
+          step: a checkpoint of it that exists is left alone, or replaced.
+          state: the arrays.
+          extras: JSON.
+          best: the step with the best metric so far; its checkpoint is kept.
+          replace: whether to replace a checkpoint of this step; it is there until the new one is.
+
+        Raises:
+          SaveError: this save, or the one before it, failed.
+        """
+        exists = step in self._manager.all_steps()
+        if exists and not replace:
             return
-        ranked = dict(metrics) if self.best and np.isfinite(metrics.get(self.best, np.nan)) else None
-        extras = dict(extras) | {"checksums": _checksums(state)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                extras=ocp.args.JsonSave(extras | {"digest": _digest(extras)}),
-            ),
-            metrics=ranked,
-            force=True,
-        )
+        self._kept.best = best
+        extras = dict(extras) | {"arrays": _describe(state, _sums(jax.tree.leaves(state))), "best": best}
+        with _saving():
+            if exists:
+                self._manager.wait_until_finished()
+                self._rename(step, self._directory / f"replaced-{step}")
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    extras=ocp.args.JsonSave(extras | {"digest": _digest(extras)}),
+                ),
+                force=True,
+            )
+            if exists:
+                self._manager.wait_until_finished()
+                self._end_replacement()
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Returns the latest readable checkpoint, as (state, extras), or None where there is none at all.
@@ -117,24 +137,48 @@ class Checkpoints:
         for step in steps:
             try:
                 restored = self.read(step, target)
-            except Exception as error:
-                logging.warning("checkpoint %d is unreadable (%s); trying the one before", step, _first_line(error))
+            except UnreadableCheckpointError as error:
+                logging.warning("%s; trying the one before", error)
                 continue
-            self._set_aside([s for s in steps if s > step])
+            for newer in (s for s in steps if s > step):  # their steps can be saved again, and nothing is lost
+                self._rename(newer, self._unused_name(newer))
             return restored
         if steps:
-            raise UnreadableCheckpointError(f"none of the checkpoints {steps} in {self._directory} can be read")
+            raise UnreadableCheckpointError(f"none of the checkpoints {steps[::-1]} in {self._directory} can be read")
         return None
 
     def read(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads and verifies one checkpoint."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), extras=ocp.args.JsonRestore())
-        )
-        state, extras = restored["state"], restored["extras"]
-        if extras.pop("digest", None) != _digest(extras) or extras.pop("checksums") != _checksums(state):
-            raise ValueError("its checksums are not those that were saved")
+        """Reads and verifies one checkpoint.
+
+        Raises:
+          UnreadableCheckpointError: it is damaged.
+          UserError: it is whole and holds other arrays than `target`.
+        """
+        failure: Exception | None = None
+        try:
+            extras = self._extras(step)
+            wanted, stored = _describe(target), extras.pop("arrays")
+            _check_arrays(f"{self._directory / str(step)}", wanted, stored)
+            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
+                "state"
+            ]
+        except UserError:
+            raise
+        except Exception as error:  # whatever damaged bytes make Orbax, TensorStore or JSON raise
+            failure = error
+        if not _everywhere(failure is None):
+            reason = _reason(failure) if failure else "another process says so"
+            raise UnreadableCheckpointError(f"checkpoint {step} is unreadable ({reason})") from failure
+        if _describe(state, _sums(jax.tree.leaves(state))) != stored:
+            raise UnreadableCheckpointError(f"checkpoint {step} is unreadable (its checksums are not those saved)")
         return state, extras
+
+    def _extras(self, step: int) -> dict[str, Any]:
+        """Reads and verifies what is not an array."""
+        extras = self._manager.restore(step, args=ocp.args.Composite(extras=ocp.args.JsonRestore()))["extras"]
+        if extras.pop("digest", None) != _digest(extras):
+            raise ValueError("its checksum is not the one saved")
+        return extras
 
     def steps(self) -> list[int]:
         """Returns the steps that were saved, ascending."""
@@ -153,27 +197,91 @@ class Checkpoints:
         return value > other if self.mode == "max" else value < other
 
     def best_step(self) -> int | None:
-        """Returns the step with the best metric so far, or None."""
-        return self._manager.best_step() if self.best else None
+        """Returns the step with the best metric so far, as the latest readable checkpoint knows it, or None."""
+        for step in reversed(self.steps() if self.best else []):
+            with contextlib.suppress(Exception):  # `read` says what is wrong with it
+                return self._extras(step)["best"]
+        return None
+
+    def check(self) -> None:
+        """Raises SaveError if a save that has ended failed."""
+        with _saving():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when every save has ended; raises what went wrong in one."""
-        self._manager.wait_until_finished()
+        """Returns when every save has ended; raises SaveError if one failed."""
+        with _saving():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and lets go of the folder."""
-        self._manager.close()
+        with _saving():
+            self._manager.close()
 
-    def _set_aside(self, steps: list[int]) -> None:
-        """Renames unreadable checkpoints, so that their steps can be saved again and nothing is lost."""
+    def _rename(self, step: int, path: pathlib.Path) -> None:
+        """Gives a checkpoint a name that is not a step's."""
         if jax.process_index() == 0:
-            for step in steps:
-                (self._directory / str(step)).rename(self._unused_name(step))
+            (self._directory / str(step)).rename(path)
+        multihost_utils.sync_global_devices(path.name)
         self._manager.reload()
+
+    def _end_replacement(self) -> None:
+        """Deletes a checkpoint that was replaced, or brings it back if the new one was never finished."""
+        if jax.process_index() == 0:
+            for path in self._directory.glob("replaced-*"):
+                step = path.with_name(path.name.removeprefix("replaced-"))
+                shutil.rmtree(path) if step.exists() else path.rename(step)
+        multihost_utils.sync_global_devices("replaced")
 
     def _unused_name(self, step: int) -> pathlib.Path:
         names = (self._directory / f"unreadable-{step}-{i}" for i in range(1000))
         return next(name for name in names if not name.exists())
+
+
+class _Kept(checkpoint_managers.PreservationPolicy):
+    """Which checkpoints are not deleted: the latest, and the best."""
+
+    def __init__(self, latest: int):
+        self.latest = latest
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Returns for each checkpoint, in ascending order, whether it stays."""
+        del context
+        first = len(checkpoints) - self.latest
+        return [i >= first or checkpoint.step == self.best for i, checkpoint in enumerate(checkpoints)]
+
+
+def quieten() -> None:
+    """Keeps the pages that Orbax prints about an error off the screen, process-wide.
+
+    It logs what it raises, leaves coroutines behind, and closes event loops that TensorStore's threads still report to.
+    What goes wrong is raised, and said once, by `Checkpoints`.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in pathlib.Path(record.pathname).parts)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if str(unraisable.exc_value) != "Event loop is closed" and not (code and "orbax" in code.co_filename):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def _saving() -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise where they cannot write into SaveError."""
+    try:
+        yield
+    except Exception as error:
+        raise SaveError(f"a checkpoint could not be saved ({_reason(error)}); those before it are kept") from error
+
+
+def _everywhere(here: bool) -> bool:
+    """Returns whether something holds in every process."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(here)).all())
 
 
 @jax.jit
@@ -191,13 +299,28 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([of_leaf(leaf) for leaf in leaves])
 
 
-def _checksums(state: TrainState) -> list[int]:
-    return [int(x) for x in np.asarray(_sums(jax.tree.leaves(state)))]
+def _describe(state: TrainState, sums: jax.Array | None = None) -> dict[str, list[Any]]:
+    """Returns path -> [dtype and shape, checksum where there are sums] of every array."""
+    paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in jax.tree.leaves_with_path(state)]
+    kinds = [[f"{x.dtype}{list(x.shape)}"] for x in jax.tree.leaves(state)]
+    numbers = [[]] * len(kinds) if sums is None else [[int(x)] for x in np.asarray(sums)]
+    return {path: kind + number for path, kind, number in zip(paths, kinds, numbers)}
+
+
+def _check_arrays(name: str, wanted: Mapping[str, list[Any]], stored: Mapping[str, list[Any]]) -> None:
+    """Raises UserError unless a checkpoint holds arrays of the names, dtypes and shapes that are wanted."""
+    for path in [*wanted, *stored]:
+        here, there = (arrays.get(path, ["missing"])[0] for arrays in (wanted, stored))
+        if here != there:
+            raise UserError(f"{name} holds another model: {path} is {there} there and {here} in this config")
 
 
 def _digest(extras: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(extras, sort_keys=True).encode()).hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+def _reason(error: Exception) -> str:
+    """Returns one line; of the system's errors inside TensorStore's only what the system said."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    system = re.search(r"([^:\[]+) \[os_error", line)
+    return system[1].strip() if system else f"{type(error).__name__}: {line}"[:200]

@@ -234,7 +234,7 @@ def without_paths(value: Any) -> Any:
 
 
 # A slash at the start of a word: not the one of hf://org/name, test/accuracy or of a regular expression's .*/bias.
-_ABSOLUTE = re.compile(r"(?<![^\s'\"=,;\[({]|)/[^\s'\":,;=()\[\]{}|]+|(?<=file://)/[^\s'\",;]+")
+_ABSOLUTE = re.compile(r"(?<![^\s'\"=,;\[({])/[^\s'\":,;=()\[\]{}|]+|(?<=file://)/[^\s'\",;]+")
 
 
 def _relative(match: re.Match[str]) -> str:

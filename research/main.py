@@ -92,18 +92,13 @@ def _run(argv: Sequence[str]) -> int:
     if flags.config:
         config = overrides.load(flags.config)
         overrides.apply(config, changes)  # before JAX is imported, which takes seconds
-    import jax
-
-    from research.checkpoint import UnreadableCheckpointError
+    from research.checkpoint import SaveError, UnreadableCheckpointError, quieten
     from research.meter import NonFiniteError
     from research.preemption import PreemptedError
     from research.record import load_config
 
-    cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/research/compiled").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if flags.distributed:
-        jax.distributed.initialize()
+    _start_jax(flags.distributed)
+    quieten()
     if not flags.config:
         config = load_config(workdir)
         overrides.apply(config, changes)
@@ -114,10 +109,25 @@ def _run(argv: Sequence[str]) -> int:
     except PreemptedError as error:
         print(f"preempted: {error}", file=sys.stderr)
         return 75
-    except (NonFiniteError, UnreadableCheckpointError) as error:
+    except (NonFiniteError, UnreadableCheckpointError, SaveError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _start_jax(distributed: bool) -> None:
+    """Keeps compiled programs on disk between runs, and joins the other processes."""
+    import jax
+
+    cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/research/compiled").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if distributed:
+        # Cloud TPU and Slurm say who takes part; elsewhere these variables and JAX_COORDINATOR_ADDRESS do.
+        count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )
 
 
 if __name__ == "__main__":

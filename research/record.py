@@ -1,5 +1,6 @@
 """A run's folder, as a record that anyone can run again: config.json, run.json and result.json."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -58,7 +59,8 @@ class Record:
         if jax.process_index() == 0:
             stopped = "preempted" if isinstance(error, PreemptedError) else f"{kind.__name__}: {error}" if kind else ""
             self._attempt |= {"end": _now(), "ended": stopped or "finished"}
-            self._write()
+            with contextlib.suppress(*[OSError] if error else []):  # a full disk must not hide what stopped the run
+                self._write()
 
     def note(self, **facts: Any) -> None:
         """Adds facts about this attempt."""

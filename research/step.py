@@ -53,7 +53,7 @@ def train_step(task: Task, optimizer: Optimizer, state: TrainState, batch: Batch
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     one = jnp.ones(())
     metrics |= {
-        "gradient_norm": Mean(optax.global_norm(optimizer.trainable(gradients)), one),
+        "gradient_norm": Mean(optax.tree.norm(optimizer.trainable(gradients)), one),
         "learning_rate": Mean(jnp.asarray(optimizer.learning_rate(state.step), jnp.float32), one),
     }
     params = optax.apply_updates(state.params, updates)

@@ -4,7 +4,7 @@ import functools
 import math
 import pathlib
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
@@ -36,6 +36,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       PreemptedError: SIGTERM came; the state is saved.
       NonFiniteError: the loss or its gradient is not finite.
       UnreadableCheckpointError: the run has checkpoints, and none can be read.
+      SaveError: a checkpoint cannot be written.
     """
     experiment = Experiment(config)
     experiment.build()
@@ -54,7 +55,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Returns the lines of the table that is shown at the end."""
     rest = {key: value for key, value in result.items() if not isinstance(value, dict)}
-    best = {f"best {k} (step {v['step']})": v["value"] for k, v in result.get("best", {}).items()}
+    best = {f"best {k} (step {v['step']})": v["value"] for k, v in result.get("best", {}).items() if v}
     return result["metrics"] | best | rest
 
 
@@ -80,8 +81,10 @@ class _Loop:
             self.batches.set_state(extras["data"])
         self.meter = Meter(extras.get("meter"))
         self.evaluation: dict[str, Any] = extras.get("evaluation", {"step": 0, "metrics": {}, "best": None, "stale": 0})
+        if self.evaluation["best"] and self.evaluation["best"]["metric"] != checkpoints.best:
+            self.evaluation |= {"best": None, "stale": 0}
         self.unread: dict[str, Mean] | None = None
-        self.writer = Writer(workdir, self.step)
+        self.writer = Writer(workdir, self.step, extras.get("lines", 0))
         self.progress = Progress(experiment.num_steps, self.step)
         if restored:
             self.progress.line(f"resumed from step {self.step}")
@@ -100,8 +103,7 @@ class _Loop:
                 if self.finished():
                     break
                 if self.preemption.reached(self.step):
-                    self.save()
-                    raise PreemptedError(f"stopped at step {self.step}; run the same command to go on")
+                    self.stop()
                 self.take_step()
             self.checkpoints.wait()
             return self.finish()
@@ -125,6 +127,7 @@ class _Loop:
         log, last = self.experiment.log, self.step == self.experiment.num_steps
         if self.step % log.every_steps == 0 or last:
             self.read_metrics()
+            self.checkpoints.check()
             if scalars := self.meter.flush():
                 self.writer.write(self.step, scalars)
                 self.progress.log(self.step, scalars)
@@ -135,7 +138,7 @@ class _Loop:
         if self.step and (
             self.finished() or (every and self.step % every == 0) or (evaluated and self.checkpoints.best)
         ):
-            self.save()
+            self.save(replace=evaluated)  # the one saved when this evaluation was interrupted does not know its result
 
     def finished(self) -> bool:
         patience = self.checkpoints.patience
@@ -152,25 +155,30 @@ class _Loop:
             with self.progress.phase(f"evaluating at step {self.step}"):
                 metrics = evaluate.scores(self.experiment.evaluators, params, self.preemption.check)
         except PreemptedError:
-            self.save()
-            raise
+            self.stop()
         self.writer.write(self.step, metrics)
         self.progress.line("  ".join([f"step {self.step}", *(f"{k} {v:.4f}" for k, v in metrics.items())]))
         self.evaluation |= {"step": self.step, "metrics": metrics}
         if self.checkpoints.best is not None:
-            value = self.checkpoints.ranking(metrics)
-            best = self.evaluation["best"]
-            better = best is None or self.checkpoints.better(value, best["value"])
-            self.evaluation["best"] = {"value": value, "step": self.step} if better else best
-            self.evaluation["stale"] = 0 if better else self.evaluation["stale"] + 1
+            value, best = self.checkpoints.ranking(metrics), self.evaluation["best"]
+            if math.isfinite(value) and (best is None or self.checkpoints.better(value, best["value"])):
+                best = {"metric": self.checkpoints.best, "value": value, "step": self.step}
+                self.evaluation |= {"best": best, "stale": 0}
+            else:
+                self.evaluation["stale"] += 1
         return True
 
-    def save(self) -> None:
+    def save(self, replace: bool = False) -> None:
         self.read_metrics()  # a state whose loss is not finite is never saved
-        current = self.evaluation["step"] == self.step
         extras = {"data": self.batches.get_state(), "meter": self.meter.state(), "evaluation": self.evaluation}
+        extras |= {"lines": self.writer.lines}
+        best = self.evaluation["best"]
         with self.progress.phase("saving", quiet=True):
-            self.checkpoints.save(self.step, self.state, extras, self.evaluation["metrics"] if current else {})
+            self.checkpoints.save(self.step, self.state, extras, best and best["step"], replace)
+
+    def stop(self) -> NoReturn:
+        self.save()
+        raise PreemptedError(f"stopped at step {self.step}; run the same command to go on")
 
     def read_metrics(self) -> None:
         """Waits for the last step that was dispatched and adds its metrics."""
@@ -194,9 +202,9 @@ class _Loop:
     def finish(self) -> dict[str, Any]:
         """Draws the curves and writes result.json, last."""
         self.writer.close()
-        best = {self.checkpoints.best: self.evaluation["best"]} if self.checkpoints.best else {}
-        metrics = self.evaluation["metrics"]
-        result = {"step": self.step, "metrics": metrics} | ({"best": best} if best else {})
+        result = {"step": self.step, "metrics": self.evaluation["metrics"]}
+        if best := self.evaluation["best"]:
+            result["best"] = {best["metric"]: {"value": best["value"], "step": best["step"]}}
         result |= self.meter.summary() | {"peak_memory_bytes": peak_memory_bytes()}
         if jax.process_index() == 0:
             rows = read_metrics(self.workdir / METRICS)

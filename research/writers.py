@@ -13,25 +13,38 @@ import jax
 import rich.console
 import rich.progress
 import rich.table
-import tensorboardX
+import tensorboardX.summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 METRICS = "metrics.jsonl"
 
 
 class Writer:
-    """Appends scalars to metrics.jsonl and to TensorBoard files."""
+    """Appends scalars to metrics.jsonl and to a TensorBoard file.
 
-    def __init__(self, workdir: pathlib.Path, step: int):
-        """Opens the files of a run that goes on after `step`: what a stopped run wrote beyond it is dropped."""
+    Attributes:
+      lines: how many lines metrics.jsonl holds.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, lines: int = 0):
+        """Opens the files of a run that goes on after `step`; what a stopped run wrote after `lines` is dropped."""
+        self.lines = 0
         self._file: TextIO | None = None
         if jax.process_index() == 0:
             path = workdir / METRICS
-            kept = [row for row in read_metrics(path) if row["step"] <= step]
+            kept = read_metrics(path)[:lines]
             temporary = path.with_suffix(".new")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             temporary.replace(path)
+            self.lines = len(kept)
             self._file = path.open("a", encoding="utf-8")
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            # Written in this thread: SummaryWriter's own thread dies where the disk is full, and blocks this one.
+            board = workdir / "tensorboard"
+            board.mkdir(exist_ok=True)
+            self._board = EventsWriter(str(board / "events"), f".{len(list(board.iterdir()))}")  # a file an attempt
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides the dropped steps
+            self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line; a NaN or an infinity becomes null, which JSON has."""
@@ -39,8 +52,11 @@ class Writer:
             row = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
             self._file.write(json.dumps({"step": step} | row) + "\n")
             self._file.flush()
+            self.lines += 1
             for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+                summary = tensorboardX.summary.scalar(name, value)
+                self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+            self._board.flush()
 
     def close(self) -> None:
         """Closes the files."""
@@ -54,7 +70,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -101,15 +101,21 @@ def examples_after_first_step(num_steps: int, num_examples: int) -> int:
     return (num_steps - 1) * batch - short * (batch - last)
 
 
-def git_state() -> dict:
-    """The revision of the folder that this file lies in, and whether it has changes."""
+def git_revision() -> dict | None:
+    """The commit that this file is at, and whether tracked files have changed; None outside git."""
 
-    def git(*arguments: str) -> str | None:
-        folder = pathlib.Path(__file__).parent
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -174,17 +180,15 @@ def main():
         (arguments.output / name).write_text(json.dumps(value, indent=2) + "\n")
 
     run = {
-        "command": shlex.join(["python", *sys.argv]),
-        "git": git_state(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-        },
-        "devices": [f"cpu, {arguments.threads} threads"],
-        "seeds": {"seed": arguments.seed},
-        "start": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "packages": {module.__name__: module.__version__ for module in (torch, transformers, accelerate)},
+        "devices": {"kind": "cpu", "count": 1, "hosts": 1},
+        "cpus": os.cpu_count(),
+        "threads": arguments.threads,
+        "seed": arguments.seed,
+        "start": now(),
         "end": None,
         "ended": "running",
     }
@@ -204,7 +208,7 @@ def main():
     steps = trainer.state.global_step
     counted = examples_after_first_step(steps, len(train))
     after_first = recorder.step_ends[-1] - recorder.step_ends[0]
-    run.update(end=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), ended="done")
+    run.update(end=now(), ended="finished")
     write("run.json", run)
     result = {
         "step": steps,

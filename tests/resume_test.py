@@ -1,0 +1,289 @@
+"""Whatever stops a run, the same command ends with the same bits as a run that was never stopped.
+
+Runs are killed from outside, by watching what they print and the files that appear; the product has no hooks for it.
+RESEARCH_KILL_POINTS=40 tries that many random kills and prints where each run was killed and what it resumed from.
+"""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS, SAVED_LAST = 60, "checkpoints/60"
+CONFIG = """
+from configs import movie_snippets
+
+def get_config(variant=""):
+    config = movie_snippets.get_config("tiny")
+    config.num_epochs = 10.0
+    config.log = dict(every_steps=5, evaluate_every_steps=12)
+    config.checkpoint = dict(every_steps=7, keep=2, best="test/loss", mode="min")
+    return config
+"""
+
+
+class Run:
+    """One attempt at a run, by the public command, in a process of its own."""
+
+    def __init__(self, workdir: pathlib.Path, cache: pathlib.Path, *overrides: str, file_blocks: int = 0, **env: str):
+        command = [sys.executable, "-m", "research.main", f"--workdir={workdir}"]
+        command += [f"--config={cache.parent / 'config.py'}"] if "--mode=evaluate" not in overrides else []
+        command += [o if o.startswith("--") else f"--config.{o}" for o in overrides]
+        if file_blocks:
+            command = ["sh", "-c", f'ulimit -f {file_blocks}; exec "$@"', "sh", *command]
+        self.workdir, self.lines = workdir, []
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._process.stderr:
+            self.lines.append(line.rstrip())
+
+    def said(self, pattern: str) -> bool:
+        return any(re.search(pattern, line) for line in list(self.lines))
+
+    def signal_when(self, number: int, point: Callable[["Run"], bool], delay: float = 0.0) -> bool:
+        """Sends a signal as soon as `point` holds and a delay has passed; returns whether the run still went on."""
+        while self._process.poll() is None and not point(self):
+            time.sleep(0.001)
+        time.sleep(delay)
+        alive = self._process.poll() is None
+        if alive:
+            self._process.send_signal(number)
+        self.wait()
+        return alive
+
+    def wait(self) -> int:
+        try:
+            status = self._process.wait(timeout=300)
+        finally:
+            self._process.kill()
+        self._reader.join()
+        return status
+
+    def done(self) -> "Run":
+        assert self.wait() == 0, "\n".join(self.lines)
+        return self
+
+    @property
+    def resumed_from(self) -> str:
+        return next((line.split()[-1] for line in self.lines if line.startswith("resumed from step")), "-")
+
+
+def says(pattern: str) -> Callable[[Run], bool]:
+    return lambda run: run.said(pattern)
+
+
+def exists(pattern: str) -> Callable[[Run], bool]:
+    return lambda run: any(run.workdir.glob(pattern))
+
+
+KILL_POINTS = {
+    "before anything": lambda run: True,
+    "compiling": says(r"^compiling .* \.\.\.$"),
+    "between log lines": says(r"^step 10/"),
+    "evaluating": says(r"^evaluating at step 12 \.\.\.$"),
+    "in a save": exists("checkpoints/*.orbax-checkpoint-tmp"),
+    "after a save": exists("checkpoints/28"),
+    "finishing": exists(SAVED_LAST),
+    "drawing": exists("figures"),
+}
+
+
+def arrays(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns every array of a checkpoint, the optimizer's state included."""
+    tree = ocp.StandardCheckpointer().restore(checkpoint / "state")
+    return {jax.tree_util.keystr(k): np.asarray(x) for k, x in jax.tree.leaves_with_path(tree)}
+
+
+def untimed(record: dict) -> dict:
+    """Drops what may differ between two runs of one command."""
+    return {k: v for k, v in record.items() if not k.endswith(("_per_second", "_seconds")) and k != "peak_memory_bytes"}
+
+
+def history(workdir: pathlib.Path) -> list[dict]:
+    return [untimed(json.loads(line)) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def result(workdir: pathlib.Path) -> dict:
+    return untimed(json.loads((workdir / "result.json").read_text()))
+
+
+def assert_identical(workdir: pathlib.Path, reference: pathlib.Path) -> None:
+    assert history(workdir) == history(reference)
+    assert result(workdir) == result(reference)
+    found, wanted = arrays(workdir / SAVED_LAST), arrays(reference / SAVED_LAST)
+    assert found.keys() == wanted.keys()
+    assert len(found) > 40
+    for name in wanted:
+        assert found[name].dtype == wanted[name].dtype
+        assert found[name].tobytes() == wanted[name].tobytes(), name
+    assert not [*workdir.rglob("*tmp*"), *workdir.rglob("replaced-*")], "leftovers"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> pathlib.Path:
+    """A compilation cache that all runs, in all test processes, share."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (base / "config.py").write_text(CONFIG)
+    return base / "compiled"
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, cache) -> pathlib.Path:
+    """A run that was never stopped."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    Run(workdir, cache).done()
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        ("before anything", "compiling", "between log lines", "after a save", "finishing"),
+        ("evaluating", "in a save", "drawing"),
+    ],
+    ids=" - ".join,
+)
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(points, reference, cache, tmp_path):
+    workdir = tmp_path / "run"
+    for name in points:
+        delay = 0.3 if name == "before anything" else 0.0
+        alive = Run(workdir, cache).signal_when(signal.SIGKILL, KILL_POINTS[name], delay)
+        assert alive, f"'{name}' came too late to kill anything"
+    Run(workdir, cache).done()
+    assert_identical(workdir, reference)
+    attempts = json.loads((workdir / "run.json").read_text())["attempts"]
+    assert {a["ended"] for a in attempts[:-1]} == {"killed"}
+    assert attempts[-1]["ended"] == "finished"
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RESEARCH_KILL_POINTS", "1"))))
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(seed, reference, cache, tmp_path):
+    draw, workdir, told = random.Random(seed), tmp_path / "run", []
+    for _ in range(draw.choice([1, 1, 1, 2])):
+        line, delay = draw.randrange(0, 32), draw.random() * draw.choice([0.05, 0.5])
+        run = Run(workdir, cache)
+        alive = run.signal_when(signal.SIGKILL, lambda r, n=line: len(r.lines) >= n, delay)
+        told.append(f"{run.lines[-1] if run.lines else 'starting'} | {'killed' if alive else 'was over'}")
+    last = Run(workdir, cache).done()
+    assert_identical(workdir, reference)
+    print(f"\nkill {seed} | {' | '.join(told)} | resumed from {last.resumed_from} | identical")
+
+
+@pytest.mark.parametrize("name", ["compiling", "between log lines", "evaluating"])
+def test_sigterm_saves_and_exits_75(name, reference, cache, tmp_path):
+    workdir = tmp_path / "run"
+    run = Run(workdir, cache)
+    assert run.signal_when(signal.SIGTERM, KILL_POINTS[name])
+    assert run.wait() == 75, "\n".join(run.lines)
+    stopped = re.fullmatch(r"preempted: stopped at step (\d+); run the same command to go on", run.lines[-1])
+    assert stopped
+    assert (workdir / "checkpoints" / stopped[1]).is_dir()
+    assert json.loads((workdir / "run.json").read_text())["ended"] == "preempted"
+    if name == "evaluating":  # interrupted, it is done again, and the checkpoint without its result is replaced
+        assert stopped[1] == "12"
+        assert not run.said("^evaluating at step 12:")
+        run = Run(workdir, cache)
+        assert run.signal_when(signal.SIGKILL, exists("checkpoints/replaced-12"))
+        assert run.resumed_from == "12"
+        assert run.said("^evaluating at step 12:")
+    last = Run(workdir, cache).done()
+    assert last.resumed_from == stopped[1]
+    assert_identical(workdir, reference)
+
+
+def test_a_damaged_checkpoint_falls_back_and_says_so_in_one_line(reference, cache, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    (workdir / "result.json").unlink()
+    (workdir / SAVED_LAST / "state" / "manifest.ocdbt").unlink()
+    run = Run(workdir, cache).done()
+    assert re.match(r"checkpoint 60 is unreadable \(.*\); trying the one before$", run.lines[0])
+    assert re.match("resumed from step 5[0-9]$", run.lines[1])
+    assert not run.said("Traceback|Exception ignored")
+    assert (workdir / "checkpoints" / "unreadable-60-0").is_dir()
+    assert_identical(workdir, reference)
+
+
+def test_no_readable_checkpoint_is_an_error_and_never_a_restart(reference, cache, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    (workdir / "result.json").unlink()
+    for path in workdir.glob("checkpoints/*/state/d/*"):
+        os.truncate(path, 10)
+    before = sorted(map(str, workdir.rglob("*")))
+    run = Run(workdir, cache)
+    assert run.wait() == 1
+    steps = sorted(int(p.name) for p in (reference / "checkpoints").iterdir())
+    assert run.lines[-1] == f"error: none of the checkpoints {steps} in {workdir}/checkpoints can be read"
+    assert len(run.lines) == 1 + len(steps)
+    assert sorted(map(str, workdir.rglob("*"))) == before
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(reference, cache, tmp_path):
+    workdir = tmp_path / "run"
+    first = Run(workdir, cache)
+    first.signal_when(signal.SIGTERM, exists("checkpoints/7"))
+    full = Run(workdir, cache, file_blocks=60)  # less than a checkpoint's largest file
+    assert full.wait() == 1
+    assert re.match("error: a checkpoint could not be saved .*File too large.*those before it are kept", full.lines[-1])
+    assert not full.said("Traceback")
+    for name in ("config.json", "run.json"):
+        json.loads((workdir / name).read_text())
+    assert not (workdir / "result.json").exists()
+    assert Run(workdir, cache, "--mode=evaluate").wait() == 0
+    Run(workdir, cache).done()
+    (workdir / "evaluation.json").unlink()
+    assert_identical(workdir, reference)
+
+
+def test_resuming_on_other_devices(reference, cache, tmp_path):
+    workdir = tmp_path / "run"
+    Run(workdir, cache).signal_when(signal.SIGTERM, exists("checkpoints/28"))
+    mesh = ("mesh.data=2", "mesh.fsdp=2")
+    run = Run(workdir, cache, *mesh, XLA_FLAGS="--xla_force_host_platform_device_count=4").done()
+    assert int(run.resumed_from) >= 28
+    assert_close(history(workdir), history(reference))
+
+
+def assert_close(found: list[dict], wanted: list[dict]) -> None:
+    assert [list(row) for row in found] == [list(row) for row in wanted]
+    for row, expected in zip(found, wanted):
+        np.testing.assert_allclose(list(row.values()), list(expected.values()), rtol=2e-4, atol=1e-6)
+
+
+def test_two_processes_train_together_and_one_writes(cache, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    workdir = tmp_path / "run"
+    runs = [Run(workdir, cache, "--distributed", JAX_PROCESS_ID=str(i), **env) for i in range(2)]
+    assert [run.wait() for run in runs] == [0, 0], "\n".join(runs[0].lines + ["--"] + runs[1].lines)
+    assert result(workdir)["step"] == STEPS
+    assert [row["step"] for row in history(workdir) if "test/loss" in row] == [12, 24, 36, 48, 60]
