@@ -1,6 +1,6 @@
-"""Fine-tunes a published encoder on your own table of texts and labels: CSV, TSV, JSON lines or Parquet.
+r"""Fine-tunes a published encoder on your own table of texts and labels: CSV, TSV, JSON lines or Parquet.
 
-  python -m research.main --config=configs/finetune_text.py --workdir=runs/reviews \\
+  python -m research.main --config=configs/finetune_text.py --workdir=runs/reviews \
       --config.data.source.train=reviews.csv --config.data.source.text=review --config.data.source.label=stars
 
 Each of these is said once and holds everywhere:

@@ -73,9 +73,6 @@ def _placed(message: str, name: str, arguments: Mapping[str, Any]) -> str:
     """Puts the name of the node before what an object has to say about its arguments."""
     if message.startswith(("config.", "--")):
         return message
-    parent, _, leaf = name.rpartition(".")
-    if message.startswith(f"{leaf}."):
-        return f"{parent}.{message}"
     return f"{name}.{message}" if message.partition(":")[0] in arguments else f"{name}: {message}"
 
 

@@ -65,7 +65,7 @@ def adamw(
       num_steps: length of the run, which the schedules need.
       learning_rate: the peak.
       schedule: "linear", "cosine", "inverse_sqrt" or "constant", after a linear warm-up from 0.
-      warmup: in steps where it is an int, a share of `num_steps` where it is a float.
+      warmup: a share of `num_steps` below 1, else steps.
       end_factor: what part of the peak "linear" and "cosine" end at.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -128,13 +128,11 @@ def adamw(
 
 def make_schedule(name: str, peak: float, warmup: int | float, num_steps: int, end_factor: float) -> optax.Schedule:
     """Returns step -> learning rate: a linear warm-up from 0 to `peak`, then the named decay."""
-    if isinstance(warmup, float) and not 0 <= warmup < 1:
-        raise UserError(
-            f"optimizer.warmup: {warmup} as a share of the run must lie in [0, 1); give steps as an integer"
-        )
-    warmup_steps = math.ceil(warmup * num_steps) if isinstance(warmup, float) else warmup
+    if warmup >= 1 and warmup != int(warmup):
+        raise UserError(f"config.optimizer.warmup: {warmup} is no number of steps; a share of the run must lie in [0, 1)")
+    warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * num_steps)
     if not 0 <= warmup_steps <= num_steps:
-        raise UserError(f"optimizer.warmup: {warmup_steps} steps do not fit a run of {num_steps}")
+        raise UserError(f"config.optimizer.warmup: {warmup_steps} steps do not fit a run of {num_steps}")
     decay_steps = max(num_steps - warmup_steps, 1)
     decays: dict[str, optax.Schedule] = {
         "linear": optax.linear_schedule(peak, peak * end_factor, decay_steps),
@@ -143,9 +141,9 @@ def make_schedule(name: str, peak: float, warmup: int | float, num_steps: int, e
         "inverse_sqrt": lambda step: peak * jnp.sqrt(max(warmup_steps, 1) / (step + max(warmup_steps, 1))),
     }
     if name not in decays:
-        raise UserError(f"optimizer.schedule: unknown '{name}'{nearest(name, decays)}")
+        raise UserError(f"config.optimizer.schedule: unknown '{name}'{nearest(name, decays)}")
     if end_factor and name not in ("linear", "cosine"):
-        raise UserError(f"optimizer.end_factor: schedule '{name}' takes none")
+        raise UserError(f"config.optimizer.end_factor: schedule '{name}' takes none")
     if warmup_steps == 0:
         return decays[name]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decays[name]], [warmup_steps])
@@ -216,7 +214,7 @@ def _layer_decay(params: Params, decay: float) -> Params:
         rules += [(f"^{re.escape(prefix)}layers/{layer}/", decay ** (depth - layer)) for layer in range(depth)]
         rules += [(f"^{re.escape(prefix)}embeddings/", decay ** (depth + 1))]
     if not rules:
-        raise UserError("optimizer.layer_decay: the model has no stacked layers to decay over")
+        raise UserError("config.optimizer.layer_decay: the model has no stacked layers to decay over")
     return path_values(params, rules)
 
 
@@ -235,7 +233,7 @@ def _check_patterns(key: str, patterns: Sequence[str], params: Params) -> None:
     names = jax.tree.leaves(paths(params))
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
-            raise UserError(f"optimizer.{key}: '{pattern}' finds no parameter{nearest(pattern, names)}")
+            raise UserError(f"config.optimizer.{key}: '{pattern}' finds no parameter{nearest(pattern, names)}")
 
 
 def _check(**values: float | None) -> None:
@@ -243,4 +241,4 @@ def _check(**values: float | None) -> None:
     for name, value in values.items():
         low, high = ranges.get(name, (0.0, math.inf))
         if value is not None and not low <= value <= high:
-            raise UserError(f"optimizer.{name}: {value} must lie in [{low}, {high}]")
+            raise UserError(f"config.optimizer.{name}: {value} must lie in [{low}, {high}]")

@@ -101,7 +101,7 @@ def _child(node: Any, part: str | int, name: str) -> Any:
     elif not isinstance(node, ConfigDict | dict):
         raise UserError(f"{name}.{part}: there is no such key below a plain value")
     elif part not in node:
-        known = set(node) | _parameters(node, name)
+        known = [*node, *_parameters(node, name)]
         raise UserError(f"{name}.{part}: there is no such key{nearest(part, known)}")
     return _value(node[part])
 
@@ -109,20 +109,24 @@ def _child(node: Any, part: str | int, name: str) -> Any:
 def _set(node: Any, part: str | int, text: str, name: str) -> None:
     """Sets one value, everywhere if it is a reference that other keys follow."""
     path = _join(name, part)
-    new = isinstance(node, ConfigDict | dict) and part not in node and part in _parameters(node, name)
-    old = None if new else _child(node, part, name)
+    new = isinstance(node, ConfigDict | dict) and part not in node and part in (known := _parameters(node, name))
+    old = known[part] if new else _child(node, part, name)
     kind = type(old)
-    if isinstance(node, ConfigDict) and not new:
+    if new and not isinstance(old, str | tuple):
+        kind = type(None)  # numbers may be of another type than the default; building tells
+    elif isinstance(node, ConfigDict) and not new:
         kind = node.get_type(part)  # placeholders have one before they have a value
     value = _parse(text, kind, old, path)
-    if isinstance(node, ConfigDict):
-        with node.unlocked(), node.ignore_type():  # an integer stays one where a float was: warmup=100
-            node[part] = value
-    elif isinstance(node, tuple):
+    if isinstance(node, tuple):
         raise UserError(f"{path}: override the whole sequence, {name}")
-    elif isinstance(node, dict) and isinstance(node.get(part), FieldReference):
-        node[part].set(value, type_safe=False)
-    else:
+    fields = dict(node.items(preserve_field_references=True)) if isinstance(node, ConfigDict) else node
+    if not new and isinstance(fields[part], FieldReference):
+        fields[part].set(value, type_safe=False)
+        return
+    if not isinstance(node, ConfigDict):
+        node[part] = value
+        return
+    with node.unlocked(), node.ignore_type():
         node[part] = value
 
 
@@ -130,15 +134,16 @@ def _value(field: Any) -> Any:
     return field.get() if isinstance(field, FieldReference) else field
 
 
-def _parameters(node: Mapping[str, Any] | ConfigDict, name: str) -> set[str]:
-    """Returns the parameters of what a section configures."""
+def _parameters(node: Mapping[str, Any] | ConfigDict, name: str) -> dict[str, Any]:
+    """Returns the parameters of what a section configures, and their defaults."""
     from research.build import locate  # here, as it takes seconds that a mistyped command line should not
     from research.experiment import KEYS, SECTIONS
 
     if name == "config":
-        return set(KEYS)
+        return dict.fromkeys(KEYS)
     call = node.get("call") or SECTIONS.get(name.removeprefix("config."))
-    return set(inspect.signature(locate(call, name)).parameters) if call else set()
+    signature = inspect.signature(locate(call, name)) if call else None
+    return {key: parameter.default for key, parameter in signature.parameters.items()} if signature else {}
 
 
 def _parse(text: str, kind: type, old: Any, path: str) -> Any:

@@ -39,27 +39,27 @@ class _Follow(NamedTuple):
 
 def tiny_text_model(config: ConfigDict) -> ConfigDict:
     """Makes a config of text classification train a small new encoder, on the bytes of the text, for a few steps."""
-    encoder = dict(
-        call="research.models.bert.Encoder",
-        vocab_size=260,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=64,
-        max_positions=64,
-        initializer_range=0.2,  # the usual 0.02 is for wide models
-    )
-    config.tokenizer = dict(call="research.data.tokenizer.byte_level")
-    config.task.model = dict(call="research.models.bert.SequenceClassifier", encoder=encoder)
+    encoder = {
+        "call": "research.models.bert.Encoder",
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 64,
+        "max_positions": 32,
+        "initializer_range": 0.2,  # the usual 0.02 is for wide models
+    }
+    config.tokenizer = {"call": "research.data.tokenizer.byte_level"}
+    config.task.model = {"call": "research.models.bert.SequenceClassifier", "encoder": encoder}
     config.init = None
     config.num_epochs = 10.0
     config.batch_size = 8
     config.optimizer.learning_rate = 3e-3
     config.checkpoint.every_steps = 10
-    config.log = dict(every_steps=5, evaluate_every_steps=12)
+    config.log = {"every_steps": 5, "evaluate_every_steps": 12}
     for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
-        node.ops[0]["max_length"] = 64
-        node.length_buckets = 2
+        node.ops[0]["max_length"] = 32
+        node.length_buckets = 1  # and one shape to compile
         node.window = 3
     return config
 
@@ -79,5 +79,5 @@ def tiny_text_data(config: ConfigDict, labels: Sequence[str], fields: Sequence[s
             records.append(texts | {"label": i if labels else i / 2})
     names = {"label": tuple(labels)} if labels else {}
     for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
-        node.source = dict(call="research.data.source.examples", records=records, label_names=names)
+        node.source = {"call": "research.data.source.examples", "records": records, "label_names": names}
     return config
