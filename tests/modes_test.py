@@ -226,7 +226,8 @@ def test_export_loads_back(without_data, tmp_path):
     loaded, report = huggingface.load_params(str(folder), loaded_model, shapes)
     assert report.new == ()
     np.testing.assert_array_equal(
-        np.asarray(model.apply({"params": params}, *inputs)), np.asarray(loaded_model.apply({"params": loaded}, *inputs))
+        np.asarray(model.apply({"params": params}, *inputs)),
+        np.asarray(loaded_model.apply({"params": loaded}, *inputs)),
     )
     np.testing.assert_array_equal(encode(tokenizer.load(str(folder)), ["a good film", "odd"])[0], inputs[0])
     described = json.loads((folder / "config.json").read_text())
