@@ -110,7 +110,7 @@ def _set(node: Any, part: str | int, text: str, name: str) -> None:
     """Sets one value, everywhere if it is a reference that other keys follow."""
     path = _join(name, part)
     new = isinstance(node, ConfigDict | dict) and part not in node and part in (known := _parameters(node, name))
-    old = known[part] if new else _child(node, part, name)
+    old = known[str(part)] if new else _child(node, part, name)
     kind = type(old)
     if new and not isinstance(old, str | tuple):
         kind = type(None)  # numbers may be of another type than the default; building tells

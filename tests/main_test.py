@@ -97,7 +97,10 @@ OVERRIDES = {
     "section wanting": ("optimizer={}", "config.optimizer.learning_rate: adamw needs it"),
     "evals": ('evals={"test": {"x": 1}}', "config.evals.test: it is no evaluator"),
     "task": ("task={}", "config.task: it must be a section with a `call`"),
-    "no such class": ("task.call=research.tasks.classification.Clasification", "no 'Clasification' in .* 'Classification'"),
+    "no such class": (
+        "task.call=research.tasks.classification.Clasification",
+        "no 'Clasification' in .* 'Classification'",
+    ),
     "no such module": (
         "task.call=research.tasks.clasification.X",
         "no module .*; did you mean",
