@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=200, keep=2)
-    config.log = dict(every_steps=50, evaluate_every_steps=0)
+    config.log = dict(every_steps=20, evaluate_every_steps=200)
     return choose(variant, VARIANTS, config)
 
 

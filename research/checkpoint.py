@@ -107,7 +107,9 @@ class Checkpoints:
         if exists and not replace:
             return
         self._kept.best = best
-        extras = dict(extras) | {"arrays": _describe(state, _sums(jax.tree.leaves(state))), "best": best}
+        arrays = _describe(state, _sums(jax.tree.leaves(state)))
+        # A copy: Orbax writes it later, in a thread, while the caller goes on counting.
+        stored = json.loads(json.dumps({**extras, "arrays": arrays, "best": best}))
         with _saving():
             if exists:
                 self._manager.wait_until_finished()
@@ -116,7 +118,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    extras=ocp.args.JsonSave(extras | {"digest": _digest(extras)}),
+                    extras=ocp.args.JsonSave(stored | {"digest": _digest(stored)}),
                 ),
                 force=True,
             )

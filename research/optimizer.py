@@ -129,7 +129,9 @@ def adamw(
 def make_schedule(name: str, peak: float, warmup: int | float, num_steps: int, end_factor: float) -> optax.Schedule:
     """Returns step -> learning rate: a linear warm-up from 0 to `peak`, then the named decay."""
     if warmup >= 1 and warmup != int(warmup):
-        raise UserError(f"config.optimizer.warmup: {warmup} is no number of steps; a share must lie in [0, 1)")
+        raise UserError(
+            f"config.optimizer.warmup: {warmup} is no number of steps; a share of the run must lie in [0, 1)"
+        )
     warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * num_steps)
     if not 0 <= warmup_steps <= num_steps:
         raise UserError(f"config.optimizer.warmup: {warmup_steps} steps do not fit a run of {num_steps}")

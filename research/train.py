@@ -89,6 +89,7 @@ class _Loop:
         if restored:
             self.progress.line(f"resumed from step {self.step}")
         self.compiled: dict[Any, Any] = {}
+        self.mark = 0.0
         shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
         self.jitted = jax.jit(
             functools.partial(train_step, experiment.task, experiment.optimizer),
@@ -97,6 +98,7 @@ class _Loop:
         )
 
     def run(self) -> dict[str, Any]:
+        self.lap()
         with self.progress:
             while True:
                 self.after_step()
@@ -113,13 +115,12 @@ class _Loop:
         rows = next(self.batches)
         batch = sharding.place(rows, self.experiment.mesh, self.experiment.data.padding)
         step = self.compile(batch)
-        start = time.monotonic()
         self.state, metrics = step(self.state, batch)
         self.read_metrics()
         self.unread = metrics
         self.step += 1
         self.meter.add_batch(rows, jax.process_count())
-        self.meter.add_seconds(train=time.monotonic() - start)
+        self.lap("train")
         self.progress.advance(self.step)
 
     def after_step(self) -> None:
@@ -127,6 +128,7 @@ class _Loop:
         log, last = self.experiment.log, self.step == self.experiment.num_steps
         if self.step % log.every_steps == 0 or last:
             self.read_metrics()
+            self.lap("train")
             self.checkpoints.check()
             if scalars := self.meter.flush():
                 self.writer.write(self.step, scalars)
@@ -150,12 +152,14 @@ class _Loop:
         if not self.experiment.evaluators or self.evaluation["step"] == self.step > 0:
             return False
         self.read_metrics()
+        self.lap("train")
         params = evaluation_params(self.state.params, self.state.opt_state)
         try:
             with self.progress.phase(f"evaluating at step {self.step}"):
                 metrics = evaluate.scores(self.experiment.evaluators, params, self.preemption.check)
         except PreemptedError:
             self.stop()
+        self.lap()
         self.writer.write(self.step, metrics)
         self.progress.line("  ".join([f"step {self.step}", *(f"{k} {v:.4f}" for k, v in metrics.items())]))
         self.evaluation |= {"step": self.step, "metrics": metrics}
@@ -170,11 +174,13 @@ class _Loop:
 
     def save(self, replace: bool = False) -> None:
         self.read_metrics()  # a state whose loss is not finite is never saved
+        self.lap("train")
         extras = {"data": self.batches.get_state(), "meter": self.meter.state(), "evaluation": self.evaluation}
         extras |= {"lines": self.writer.lines}
         best = self.evaluation["best"]
         with self.progress.phase("saving", quiet=True):
             self.checkpoints.save(self.step, self.state, extras, best and best["step"], replace)
+        self.lap()
 
     def stop(self) -> NoReturn:
         self.save()
@@ -183,20 +189,26 @@ class _Loop:
     def read_metrics(self) -> None:
         """Waits for the last step that was dispatched and adds its metrics."""
         if self.unread is not None:
-            start = time.monotonic()
             metrics, self.unread = jax.device_get(self.unread), None
             self.meter.add_metrics(self.step, metrics)
-            self.meter.add_seconds(train=time.monotonic() - start)
+
+    def lap(self, kind: str | None = None) -> None:
+        """Counts the time since the last call as "train" or "compile" seconds, or as neither."""
+        now = time.monotonic()
+        if kind is not None:
+            self.meter.add_seconds(**{kind: now - self.mark})
+        self.mark = now
 
     def compile(self, batch: dict[str, jax.Array]) -> Any:
         """Returns the step compiled for the batch's shapes."""
         key = tuple((name, x.shape) for name, x in batch.items())
         if key not in self.compiled:
             shape = " x ".join(map(str, max((x.shape for x in batch.values()), key=math.prod)))
-            start = time.monotonic()
+            self.read_metrics()  # what still runs is training
+            self.lap("train")
             with self.progress.phase(f"compiling the training step for a batch of {shape}"):
                 self.compiled[key] = self.jitted.lower(self.state, batch).compile()
-            self.meter.add_seconds(compile=time.monotonic() - start)
+            self.lap("compile")
         return self.compiled[key]
 
     def finish(self) -> dict[str, Any]:

@@ -116,6 +116,17 @@ def test_a_step_that_exists_is_left_alone_or_replaced(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
 
 
+def test_extras_are_those_of_the_moment_of_saving(tmp_path, monkeypatch):
+    """Orbax writes them later, in a thread, while the run goes on counting in the same dictionaries."""
+    checkpoints, extras = Checkpoints(tmp_path), {"counts": {"steps": 1}}
+    given: dict = {}
+    monkeypatch.setattr(checkpoints._manager, "save", lambda step, args, **_: given.update(args.extras.item))
+    checkpoints.save(1, state(1), extras)
+    extras["counts"]["steps"] = 2
+    assert given["counts"] == {"steps": 1}
+    checkpoints.close()
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_replacement_that_was_interrupted(folder, finished):
     (folder / "20").rename(folder / "replaced-20")
