@@ -54,7 +54,7 @@ def tiny_text_model(config: ConfigDict) -> ConfigDict:
     config.init = None
     config.num_epochs = 10.0
     config.batch_size = 8
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 1e-2
     config.checkpoint.every_steps = 10
     config.log = {"every_steps": 5, "evaluate_every_steps": 12}
     for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):

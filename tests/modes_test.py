@@ -28,12 +28,10 @@ def compiled(tmp_path_factory):
     cache = str(tmp_path_factory.getbasetemp().parent / "compiled")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
         patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def finetune_text(table, kind="classification"):
