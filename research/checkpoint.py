@@ -109,7 +109,7 @@ class Checkpoints:
         self._kept.best = best
         arrays = _describe(state, _sums(jax.tree.leaves(state)))
         # A copy: Orbax writes it later, in a thread, while the caller goes on counting.
-        extras = json.loads(json.dumps({**extras, "arrays": arrays, "best": best}))
+        content = json.loads(json.dumps({**extras, "arrays": arrays, "best": best}))
         with _saving():
             if exists:
                 self._manager.wait_until_finished()
@@ -118,7 +118,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    extras=ocp.args.JsonSave(extras | {"digest": _digest(extras)}),
+                    extras=ocp.args.JsonSave(content | {"digest": _digest(content)}),
                 ),
                 force=True,
             )
