@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from research.errors import UserError
@@ -33,7 +34,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = "") -> dict
     with progress.phase(f"evaluating the checkpoint of step {step}"):
         metrics = scores(experiment.evaluators, params)
     result = {"step": step, "metrics": metrics}
-    write_json(workdir / "evaluation.json", result)
+    if jax.process_index() == 0:
+        write_json(workdir / "evaluation.json", result)
     progress.table(f"{workdir}, step {step}", metrics)
     return result
 
