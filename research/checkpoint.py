@@ -109,11 +109,7 @@ class Checkpoints:
         self._kept.best = best
         arrays = _describe(state, _sums(jax.tree.leaves(state)))
         # A copy: Orbax writes it later, in a thread, while the caller goes on counting.
-<<<<<<< HEAD
-        stored = json.loads(json.dumps({**extras, "arrays": arrays, "best": best}))
-=======
         content = json.loads(json.dumps({**extras, "arrays": arrays, "best": best}))
->>>>>>> kill
         with _saving():
             if exists:
                 self._manager.wait_until_finished()
@@ -122,11 +118,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-<<<<<<< HEAD
-                    extras=ocp.args.JsonSave(stored | {"digest": _digest(stored)}),
-=======
                     extras=ocp.args.JsonSave(content | {"digest": _digest(content)}),
->>>>>>> kill
                 ),
                 force=True,
             )
