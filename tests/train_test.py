@@ -94,7 +94,7 @@ def test_what_is_computed_may_not_change_on_the_way(tmp_path, scripted):
     with pytest.raises(PreemptedError):
         train.run(config(), tmp_path)
     before = files(tmp_path)
-    with pytest.raises(UserError, match=r"config\.optimizer\.learning_rate: .* with 0\.001, this one has 0\.1; use"):
+    with pytest.raises(UserError, match=r"config\.optimizer\.learning_rate: .* with 0\.01, this one has 0\.1; use"):
         train.run(config(optimizer={"learning_rate": 0.1}), tmp_path)
     assert files(tmp_path) == before
     scripted(1.0)
