@@ -30,7 +30,7 @@ class Record:
     """Writes run.json when a run begins and when it ends, however it ends."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
-        """Checks that the folder holds no run of another config.
+        """Checks that the folder holds no run of another config that has got as far as a checkpoint.
 
         Args:
           workdir: the run's folder; made if it is not there.
@@ -38,7 +38,7 @@ class Record:
         """
         self._path, self._config = workdir, config
         stored = read_json(workdir / "config.json")
-        if stored is not None:
+        if stored is not None and any((workdir / "checkpoints").glob("[0-9]*")):
             for key, old, new in differences(stored, config):
                 if key.split(".")[0] not in FREE_TO_CHANGE:
                     raise UserError(

@@ -52,10 +52,20 @@ def test_attempts_add_up_and_one_without_an_end_was_killed(tmp_path):
     assert found["attempts"][2]["resumed_from"] == 20
 
 
+def test_a_start_that_failed_does_not_hold_its_folder(tmp_path):
+    with pytest.raises(OSError, match="no such weights"), Record(tmp_path, CONFIG):
+        raise OSError("no such weights")
+    mended = CONFIG | {"optimizer": {"learning_rate": 0.2}}
+    with Record(tmp_path, mended):
+        pass
+    assert read_json(tmp_path / "config.json") == mended
+
+
 def test_another_config_is_the_users_mistake_and_changes_nothing(tmp_path):
     with Record(tmp_path, CONFIG):
         pass
     before = (tmp_path / "config.json").read_text()
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
     with pytest.raises(
         UserError, match=r"config\.optimizer\.learning_rate: .* holds a run with 0\.1, this one has 0\.2"
     ):
