@@ -72,6 +72,8 @@ class Checkpoints:
             )
         if patience is not None and best is None:
             raise UserError("config.checkpoint.patience: early stopping needs config.checkpoint.best, a metric's name")
+        if mode == "min" and best is None:
+            raise UserError("config.checkpoint.mode: it says how config.checkpoint.best is ranked, which is not set")
         self.best, self.mode, self.every_steps, self.patience = best, mode, every_steps, patience
         self._directory = directory
         self._kept = _Kept(keep)
