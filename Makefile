@@ -26,7 +26,7 @@ format: $(VENV)/installed-test
 install:                             ## into $(VENV), with EXTRAS
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(RUN) -m pip install --quiet --editable ".$(if $(EXTRAS),[$(EXTRAS)])"
 	touch $(VENV)/installed $(if $(findstring test,$(EXTRAS)),$(VENV)/installed-test)
 
 $(VENV)/installed: pyproject.toml
