@@ -31,7 +31,8 @@ from configs import movie_snippets
 
 def get_config(variant=""):
     config = movie_snippets.get_config("tiny")
-    config.num_epochs = 10.0
+    config.num_epochs = 30.0  # 60 steps
+    config.optimizer.learning_rate = 1e-3
     config.task.model.encoder.update(num_layers=1, intermediate_size=32)
     config.data.length_buckets = config.evals.test.data.length_buckets = 1
     config.log = dict(every_steps=5, evaluate_every_steps=12)
