@@ -83,6 +83,7 @@ def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_shard_byt
         # safetensors writes the buffer as it lies in memory, so that a transposed view must be copied first.
         shard = {name: np.ascontiguousarray(tensors[name]) for name in names}
         safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors lets the owner alone read it
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / f"{_SAFE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
