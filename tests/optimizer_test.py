@@ -157,4 +157,5 @@ def test_steps_equal_those_of_pytorch():
         schedule.step()
         updates, state = ours.update({"kernel": jnp.asarray(gradient)}, state, params)
         params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(params["kernel"], weight.detach().numpy(), rtol=2e-6, atol=1e-7)
+        # Steps are of 0.01, so this is a ten-thousandth of one: rounding, and no more.
+        np.testing.assert_allclose(params["kernel"], weight.detach().numpy(), rtol=0, atol=1e-6)

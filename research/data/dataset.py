@@ -52,7 +52,7 @@ class Dataset:
     ops: tuple[Callable[..., Example], ...] = ()
     batch_size: int = 32
     seed: int = 0
-    length_buckets: int | tuple[int, ...] = 10
+    length_buckets: int | tuple[int, ...] = 4
     window: int = 50
 
     @functools.cached_property
