@@ -150,7 +150,7 @@ def assert_identical(workdir: pathlib.Path, reference: pathlib.Path) -> None:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory) -> pathlib.Path:
-    """A folder that all test processes of this session share."""
+    """A folder that all processes of one pytest run share."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
