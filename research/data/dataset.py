@@ -85,9 +85,14 @@ class Dataset:
 
     def transform(self, example: Example, rng: np.random.Generator | None = None) -> Example:
         """Applies the ops to one example."""
-        for op in self.ops:
-            example = op(example, rng=rng or np.random.default_rng(0)) if _is_random(op) else op(example)
+        for op, is_random in zip(self.ops, self._random):
+            example = op(example, rng=rng or np.random.default_rng(0)) if is_random else op(example)
         return example
+
+    @functools.cached_property
+    def _random(self) -> tuple[bool, ...]:
+        """Which ops take a generator; looked up once, not for every example."""
+        return tuple("rng" in inspect.signature(op).parameters for op in self.ops)
 
     def batches(self) -> grain.DatasetIterator:
         """Returns this process's part of endless shuffled training batches, each epoch in an order of its own.
@@ -97,7 +102,7 @@ class Dataset:
         if len(self.source) == 0:
             raise UserError("the training data hold no example")
         indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle().repeat()
-        return self._iterate(indices[jax.process_index() :: jax.process_count()], self.window, train=True)
+        return self._iterate(indices[jax.process_index() :: jax.process_count()], train=True)
 
     def epoch(self) -> Iterator[dict[str, np.ndarray]]:
         """Returns this process's part of batches that hold every example once.
@@ -106,7 +111,7 @@ class Dataset:
         """
         rows = math.ceil(len(self.source) / self.batch_size) * self.batch_size
         indices = grain.MapDataset.source(range(rows))
-        return self._iterate(indices[jax.process_index() :: jax.process_count()], self.window, train=False)
+        return self._iterate(indices[jax.process_index() :: jax.process_count()], train=False)
 
     def rows(self, examples: Sequence[Example]) -> Iterator[tuple[Sequence[Example], dict[str, np.ndarray]]]:
         """Yields the user's own rows with their batches, in order, one batch size at a time (one process only)."""
@@ -115,11 +120,11 @@ class Dataset:
             transformed = [self.transform(e) | {"mask": np.float32(1)} for e in part]
             yield part, self._collate(transformed, self._bucket(transformed), partial=True)
 
-    def _iterate(self, indices: grain.MapDataset, window: int, train: bool) -> grain.DatasetIterator:
+    def _iterate(self, indices: grain.MapDataset, train: bool) -> grain.DatasetIterator:
         """Reads, transforms and batches the examples at `indices`; those beyond the source are fillers."""
         size = self.batch_size // jax.process_count()
         examples = indices.seed(self.seed).random_map(self._read)
-        windows = examples.batch((window if self.padding else 1) * size, batch_fn=list)
+        windows = examples.batch((self.window if self.padding else 1) * size, batch_fn=list)
         batches = windows.map_with_index(functools.partial(self._cut, size=size, train=train))
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 if self.padding else 4)
         return iter(grain.experimental.FlatMapIterDataset(batches.to_iter_dataset(options), _Each()))
@@ -189,7 +194,3 @@ class _Each(grain.experimental.FlatMapTransform):
 
     def flat_map(self, element: Sequence[Any]) -> Sequence[Any]:
         return element
-
-
-def _is_random(op: Callable[..., Example]) -> bool:
-    return "rng" in inspect.signature(op).parameters
