@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import re
 import shutil
@@ -326,7 +327,9 @@ def _digest(extras: Mapping[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Returns one line; of the system's errors inside TensorStore's only what the system said."""
+    """Returns one line; of the system's errors inside TensorStore's only what the system calls them."""
+    # TensorStore puts the number last, after the message or after details whose order is not fixed.
+    if code := re.search(r"os_error_code='?(\d+)", str(error)):
+        return os.strerror(int(code[1]))
     line = (str(error).strip().splitlines() or [""])[0]
-    system = re.search(r"([^:\[]+) \[os_error", line)
-    return system[1].strip() if system else f"{type(error).__name__}: {line}"[:200]
+    return f"{type(error).__name__}: {line}"[:200]

@@ -235,14 +235,22 @@ def test_another_model_is_the_users_mistake_and_named(folder):
     assert steps(folder) == [10, 20]
 
 
-def test_a_save_that_fails_says_so_and_keeps_what_was_saved(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "OSError: .*No space left on device"),
+        (ValueError("OUT_OF_RANGE: Failed to write to file 6: File too large [os_error_code='27']"), "File too large"),
+        (ValueError("DATA_LOSS: a [{'path': true}'] [source='x.cc' os_error_code='27']"), "File too large"),
+    ],
+)
+def test_a_save_that_fails_says_so_and_keeps_what_was_saved(folder, monkeypatch, error, said):
     checkpoints = Checkpoints(folder)
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+    def fail(*_, **__):
+        raise error
 
-    monkeypatch.setattr(checkpoints._manager, "save", full)
-    with pytest.raises(SaveError, match=r"could not be saved \(OSError: .*No space left on device\); those before it"):
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(SaveError, match=rf"could not be saved \({said}\); those before it"):
         checkpoints.save(30, state(30), {})
     checkpoints.close()
     assert_same(restore(folder)[0], state(20))
