@@ -127,8 +127,8 @@ class Tokenizer:
         Raises:
           UserError: the template does not take these messages.
         """
-        tokens = {f"{role}_token": token for role, token in self.specials.items()}
-        tokens["pad_token"] = self.backend.id_to_token(self.pad_id)
+        specials = {**self.specials, "pad": self.backend.id_to_token(self.pad_id)}
+        tokens = {f"{role}_token": token for role, token in specials.items()}
         try:
             return _compiled(self.chat_template or CHATML).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
@@ -158,7 +158,7 @@ class Tokenizer:
         else:
             self.backend.save(str(folder / "tokenizer.json"))
             named = {f"{role}_token": token for role, token in self.specials.items()}
-            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | named
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
             if self.chat_template is not None:
                 settings["chat_template"] = self.chat_template
         if "pad_token" not in named:
@@ -231,11 +231,9 @@ def train(
 ) -> Tokenizer:
     """Trains a tokenizer on text; the same text gives the same tokenizer.
 
-    | kind        | is                                                           | special tokens                     |
-    |-------------|--------------------------------------------------------------|------------------------------------|
-    | `bpe`       | byte-level BPE, as GPT-2 has it (Radford et al. 2019, 2.2)   | <\\|endoftext\\|>                    |
-    | `wordpiece` | as BERT has it (Devlin et al. 2018, 3): [CLS] text [SEP]     | [PAD] [UNK] [CLS] [SEP] [MASK]     |
-    | `unigram`   | as T5 and Marian have it (Kudo 2018, 3.2): text </s>         | <pad> </s> <unk>                   |
+    bpe is byte-level BPE as GPT-2 has it (Radford et al. 2019, 2.2), with <|endoftext|> for begin, end and padding.
+    wordpiece is BERT's (Devlin et al. 2018, 3), with [PAD], [UNK], [CLS], [SEP] and [MASK]: [CLS] text [SEP].
+    unigram is T5's and Marian's (Kudo 2018, 3.2), with <pad>, </s> and <unk>: text </s>.
 
     Args:
       source: the examples; all are read.
@@ -335,7 +333,7 @@ def _train_bpe(texts: _Texts, vocab_size: int, lowercase: bool, special_tokens: 
     )
     backend.train_from_iterator(texts, trainer)
     roles = {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}
-    return Tokenizer(backend, backend.token_to_id("<|endoftext|>"), specials=roles)
+    return Tokenizer(backend, backend.get_vocab()["<|endoftext|>"], specials=roles)
 
 
 def _train_wordpiece(texts: _Texts, vocab_size: int, lowercase: bool, special_tokens: tuple[str, ...]) -> Tokenizer:
@@ -359,8 +357,7 @@ def _train_wordpiece(texts: _Texts, vocab_size: int, lowercase: bool, special_to
     kept = sorted(sorted(counts), key=lambda c: counts[c], reverse=True)[:ALPHABET]
     alphabet = [piece for piece in sorted(occurring) if piece.removeprefix("##" * (len(piece) == 3)) in kept]
     _check_size(vocab_size, len(specials) + len(alphabet), "special tokens and characters")
-    model = models.WordPiece(unk_token="[UNK]")
-    backend.model = model
+    backend.model = models.WordPiece(unk_token="[UNK]")
     vocabulary = fit(vocab_size, [*specials, *alphabet], initial_alphabet=kept, limit_alphabet=len(kept))
 
     trained = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -410,7 +407,7 @@ def _train_unigram(
 def _canonical(pieces: Sequence[tuple[str, float]], specials: int) -> list[tuple[str, float]]:
     """Returns a unigram vocabulary without what its trainer's hash tables decided.
 
-    The sums behind the scores differ in the last digits. Characters that no text needs get the least score plus 0,
+    The sums behind the scores differ in the tenth digit. Characters that no text needs get the least score plus 0,
     0.0001, 0.0002, ... in any order; here each of them gets the least score.
     """
     least = min(score for _, score in pieces[specials:])
@@ -418,7 +415,7 @@ def _canonical(pieces: Sequence[tuple[str, float]], specials: int) -> list[tuple
     def score(piece: str, value: float) -> float:
         rank = (value - least) / 1e-4
         rare = len(piece) == 1 and rank < len(pieces) and abs(rank - round(rank)) < 1e-5
-        return round(least if rare else value, 9)
+        return round(least if rare else value, 3)
 
     rest = [(piece, score(piece, value)) for piece, value in pieces[specials:]]
     first = [(piece, value) for piece, value in pieces[:specials]]
@@ -467,8 +464,8 @@ def _from_merges(folder: pathlib.Path, settings: Mapping[str, Any], named: Mappi
     known = {*specials.values(), named.get("pad_token", "<pad>")} & backend.get_vocab().keys()
     backend.add_special_tokens([tokenizers.AddedToken(t, lstrip=t == "<mask>", special=True) for t in sorted(known)])
     if "cls" in specials and "sep" in specials:
-        frame = ((specials[role], backend.token_to_id(specials[role])) for role in ("sep", "cls"))
-        backend.post_processor = processors.RobertaProcessing(*frame, add_prefix_space=prefix_space)
+        sep, cls = ((specials[role], backend.get_vocab()[specials[role]]) for role in ("sep", "cls"))
+        backend.post_processor = processors.RobertaProcessing(sep, cls, add_prefix_space=prefix_space)
     return backend
 
 
@@ -490,22 +487,21 @@ def _specials(backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> dict[s
         guesses |= {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>")}
     if named.keys() & {"bos_token", "eos_token"}:
         guesses |= {"bos": (), "eos": ()}
-    found = {}
-    for role, guess in guesses.items():
-        candidates = (named[f"{role}_token"],) if f"{role}_token" in named else guess
-        found |= {role: token for token in reversed(candidates) if token in vocabulary}
-    return found
+    candidates = {role: (named[f"{role}_token"],) if f"{role}_token" in named else guesses[role] for role in guesses}
+    first = {role: next((t for t in tokens if t in vocabulary), None) for role, tokens in candidates.items()}
+    return {role: token for role, token in first.items() if token is not None}
 
 
 def _pad_id(
     backend: tokenizers.Tokenizer, named: Mapping[str, str], specials: Mapping[str, str], model: Mapping[str, Any]
 ) -> int:
-    for candidate in (named.get("pad_token"), "[PAD]", "<pad>"):
-        if candidate and (found := backend.token_to_id(candidate)) is not None:
-            return found
+    vocabulary = backend.get_vocab()
+    for candidate in (named.get("pad_token", ""), "[PAD]", "<pad>"):
+        if candidate in vocabulary:
+            return vocabulary[candidate]
     if model.get("pad_token_id") is not None:
         return int(model["pad_token_id"])
-    return backend.token_to_id(specials["eos"]) if "eos" in specials else 0
+    return vocabulary[specials["eos"]] if "eos" in specials else 0
 
 
 def _chat_template(folder: pathlib.Path, settings: Mapping[str, Any]) -> str | None:
