@@ -64,7 +64,7 @@ class Dataset:
       pack_decoder: length of the decoder's side of the rows; documents with two sides are not cut.
     """
 
-    source: Source
+    source: Source = dataclasses.field(repr=False)  # Grain names its steps by their repr, which would write out a list
     features: tuple[str, ...]
     ops: tuple[Callable[..., Any], ...] = ()
     batch_size: int = 32
