@@ -68,16 +68,16 @@ def tfds(dataset: str, split: str = "train", data_dir: str | None = None) -> Sou
     """Returns a split of a named dataset, which is prepared first if it is not there.
 
     Args:
-      dataset: one of the modules of `research.data.datasets`, or any dataset of TFDS: "glue/sst2".
+      dataset: one of the modules of `research.data.datasets`, or any dataset of TFDS; "name/config" picks one of
+        its configs, else it is the first: "glue/sst2", "libreoffice/en-fr".
       split: as TFDS writes them: "train", "train[:90%]", "train[10%:]+validation".
       data_dir: where prepared datasets are; `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
 
     Raises:
       UserError: there is no such dataset or split, or it cannot be prepared here.
     """
-    if dataset in _own_names():
-        cls = _own_class(dataset)
-        return _source(lambda: cls(data_dir=_data_dir(data_dir)), dataset, split)
+    if dataset.partition("/")[0] in _own_names():
+        return _source(lambda: _own_builder(dataset, _data_dir(data_dir)), dataset, split)
     return _source(lambda: _stock_builder(dataset, _data_dir(data_dir)), dataset, split)
 
 
@@ -208,14 +208,14 @@ def _own_names() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(datasets.__path__) if module.name != "table"]
 
 
-def _own_class(name: str) -> type[DatasetBuilder]:
-    module = importlib.import_module(f"{datasets.__name__}.{name}")
-    (cls,) = (
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, DatasetBuilder) and value.__module__ == module.__name__
-    )
-    return cls
+def _own_builder(name: str, data_dir: str) -> DatasetBuilder:
+    base, _, config = name.partition("/")
+    module = importlib.import_module(f"{datasets.__name__}.{base}")
+    classes: list[Any] = [value for value in vars(module).values() if inspect.isclass(value)]
+    (cls,) = (value for value in classes if issubclass(value, DatasetBuilder) and value.__module__ == module.__name__)
+    if config and config not in cls.builder_configs:
+        raise UserError(f"dataset '{base}' has no '{config}'{nearest(config, cls.builder_configs)}")
+    return cls(config=config or None, data_dir=data_dir)
 
 
 def _stock_builder(name: str, data_dir: str) -> DatasetBuilder:

@@ -3,6 +3,7 @@
 They differ in three places only: whether there are token types, where positions begin, and the shape of the head.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ from research.models import layers
 
 
 class Embeddings(nn.Module):
-    """The sum of word, position and token-type embeddings, normalised."""
+    """The sum of word, position and token-type embeddings, normalised; the fields are those of `Encoder`."""
 
     vocab_size: int
     hidden_size: int
@@ -25,7 +26,16 @@ class Embeddings(nn.Module):
     dtype: Any
     kernel_init: layers.Initializer
 
-    @nn.compact
+    def setup(self):
+        """Makes the tables."""
+        table = functools.partial(layers.Embedding, features=self.hidden_size, embedding_init=self.kernel_init)
+        self.word = table(self.vocab_size)
+        self.position = table(self.max_positions)
+        if self.num_token_types:
+            self.token_type = table(self.num_token_types)
+        self.norm = layers.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)
+        self.drop = layers.Dropout(self.dropout, name="dropout")
+
     def __call__(
         self,
         input_ids_BxT: jax.Array,
@@ -35,17 +45,14 @@ class Embeddings(nn.Module):
         """Maps token ids [B, T] to [B, T, D]."""
         if positions_BxT is None:
             positions_BxT = self._positions(input_ids_BxT)
-
-        def embed(size: int, ids: jax.Array, name: str) -> jax.Array:
-            return layers.Embedding(size, self.hidden_size, embedding_init=self.kernel_init, name=name)(ids)
-
-        x_BxTxD = embed(self.vocab_size, input_ids_BxT, "word") + embed(self.max_positions, positions_BxT, "position")
+        elif self.position_offset is not None:
+            positions_BxT += self.position_offset + 1
+        x_BxTxD = self.word(input_ids_BxT) + self.position(positions_BxT)
         if self.num_token_types:
-            if token_type_ids_BxT is None:
-                token_type_ids_BxT = jnp.zeros_like(input_ids_BxT)
-            x_BxTxD += embed(self.num_token_types, token_type_ids_BxT, "token_type")
-        x_BxTxD = layers.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype, name="norm")(x_BxTxD)
-        return layers.Dropout(self.dropout, name="dropout")(x_BxTxD)
+            x_BxTxD += self.token_type(
+                jnp.zeros_like(input_ids_BxT) if token_type_ids_BxT is None else token_type_ids_BxT
+            )
+        return self.drop(self.norm(x_BxTxD))
 
     def _positions(self, input_ids_BxT: jax.Array) -> jax.Array:
         """Positions from 0; or, with an offset p, RoBERTa's: padding (id p) sits at p, the rest counts from p + 1."""
@@ -94,20 +101,10 @@ class Encoder(nn.Module):
     unroll: int = 1
     remat: bool = False
 
-    @nn.compact
-    def __call__(
-        self,
-        input_ids_BxT: jax.Array,
-        attention_mask_BxT: jax.Array | None = None,
-        token_type_ids_BxT: jax.Array | None = None,
-        positions_BxT: jax.Array | None = None,
-    ) -> jax.Array:
-        """Maps token ids int32 [B, T] to hidden states [B, T, D] in `dtype`.
-
-        `attention_mask_BxT` is true (or 1) at tokens that may be attended to; all may where it is None.
-        """
+    def setup(self):
+        """Makes the embeddings and a block."""
         dtype, kernel_init = jnp.dtype(self.dtype), nn.initializers.normal(self.initializer_range)
-        x_BxTxD = Embeddings(
+        self.embeddings = Embeddings(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             max_positions=self.max_positions,
@@ -117,21 +114,32 @@ class Encoder(nn.Module):
             dropout=self.dropout,
             dtype=dtype,
             kernel_init=kernel_init,
-            name="embeddings",
-        )(input_ids_BxT, token_type_ids_BxT, positions_BxT)
-        mask = None if attention_mask_BxT is None else attention_mask_BxT[:, None, None, :].astype(bool)
-        block = layers.PostNormBlock(
-            num_heads=self.num_heads,
-            intermediate_size=self.intermediate_size,
-            activation=self.activation,
-            layer_norm_epsilon=self.layer_norm_epsilon,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            dtype=dtype,
-            kernel_init=kernel_init,
-            name="layers",
         )
-        return layers.stack(block, self.num_layers, x_BxTxD, mask, unroll=self.unroll, remat=self.remat)
+        shared: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init}
+        self.layers = layers.Block(
+            attention=functools.partial(layers.Attention, self.num_heads, dropout=self.attention_dropout, **shared),
+            mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, **shared),
+            norm=functools.partial(layers.LayerNorm, self.layer_norm_epsilon, dtype=dtype),
+            norm_first=False,
+            dropout=self.dropout,
+        )
+
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array | None = None,
+        token_type_ids_BxT: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps token ids int32 [B, T] to hidden states [B, T, D] in `dtype`.
+
+        Tokens attend to those of the same non-zero number in `attention_mask_BxT`: 1 at every token but padding, or the
+        number of the document where several are packed into one row, which then needs `positions_BxT`. Where it is
+        None, all attend to all.
+        """
+        x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, positions_BxT)
+        mask = layers.attention_mask(attention_mask_BxT, input_ids_BxT.shape[1], causal=False)
+        return layers.stack(self.layers, self.num_layers, x_BxTxD, mask=mask, unroll=self.unroll, remat=self.remat)
 
 
 class SequenceClassifier(nn.Module):
@@ -170,3 +178,87 @@ class SequenceClassifier(nn.Module):
         )
         pooled_BxD = layers.Dropout(self.head_dropout, name="head_dropout")(pooled_BxD)
         return layers.Dense(self.num_outputs, name="head_output")(pooled_BxD.astype(jnp.float32))
+
+
+class TokenClassifier(nn.Module):
+    """An encoder and a linear layer on every token (Devlin 2018, section 5.3).
+
+    Attributes:
+      encoder: maps (input_ids, attention_mask, token_type_ids) to [B, T, D].
+      num_outputs: classes.
+      head_dropout: before the layer.
+    """
+
+    encoder: nn.Module
+    num_outputs: int
+    head_dropout: float = 0.1
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array | None = None,
+        token_type_ids_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps token ids int32 [B, T] to logits float32 [B, T, num_outputs]."""
+        hidden_BxTxD = self.encoder(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT)
+        hidden_BxTxD = layers.Dropout(self.head_dropout, name="head_dropout")(hidden_BxTxD)
+        return layers.Dense(self.num_outputs, name="head_output")(hidden_BxTxD.astype(jnp.float32))
+
+
+class QuestionAnswerer(TokenClassifier):
+    """An encoder that scores every token as the start and as the end of the answer (Devlin 2018, section 4.2)."""
+
+    num_outputs: int = 2
+    head_dropout: float = 0.0
+
+
+class MaskedLM(nn.Module):
+    """An encoder that predicts tokens: a dense layer, its activation, a norm, then the word table (Devlin 2018, 3.1).
+
+    Attributes:
+      encoder: an `Encoder`.
+      head_activation: of the head's dense layer.
+      tie_embeddings: whether the output layer's weights are the word table; else it has its own.
+    """
+
+    encoder: Encoder
+    head_activation: str = "gelu"
+    tie_embeddings: bool = True
+
+    def setup(self):
+        """Makes the head."""
+        encoder = self.encoder
+        dtype, kernel_init = jnp.dtype(encoder.dtype), nn.initializers.normal(encoder.initializer_range)
+        self.head_dense = layers.Dense(encoder.hidden_size, dtype=dtype, kernel_init=kernel_init)
+        self.head_norm = layers.LayerNorm(encoder.layer_norm_epsilon)
+        self.head_bias = self.param("head_bias", nn.initializers.zeros, (encoder.vocab_size,), jnp.float32)
+        if not self.tie_embeddings:
+            self.head_output = layers.Dense(encoder.vocab_size, False, kernel_init=kernel_init)
+
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array | None = None,
+        token_type_ids_BxT: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps token ids int32 [B, T] to logits float32 [B, T, V]."""
+        return self.logits(self.hidden(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, positions_BxT))
+
+    def hidden(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array | None = None,
+        token_type_ids_BxT: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps token ids int32 [B, T] to the encoder's hidden states [B, T, D]."""
+        return self.encoder(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, positions_BxT)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Maps hidden states [..., D] to logits float32 [..., V]."""
+        hidden = self.head_norm(layers.activation(self.head_activation)(self.head_dense(hidden)))
+        if self.tie_embeddings:
+            return self.encoder.embeddings.word.attend(hidden) + self.head_bias
+        return self.head_output(hidden).astype(jnp.float32) + self.head_bias

@@ -100,7 +100,7 @@ def test_roberta_counts_real_tokens_from_behind_the_padding_id():
     model = classifier("roberta")
     params = random_params(model)["encoder"]
     ids = np.array([[9, 8, 7, PAD, PAD], [PAD, 9, PAD, 8, 7]], np.int32)
-    explicit = np.array([[6, 7, 8, PAD, PAD], [PAD, 6, PAD, 7, 8]], np.int32)
+    explicit = np.array([[0, 1, 2, -1, -1], [-1, 0, -1, 1, 2]], np.int32)
     expected = apply(model.encoder, params, ids, positions_BxT=explicit)
     np.testing.assert_array_equal(apply(model.encoder, params, ids), expected)
 

@@ -31,8 +31,15 @@ def random_params(module, *arguments):
     return jax.tree.map(lambda leaf: 0.3 * normal(leaf.size, *leaf.shape), shapes)
 
 
-def block(**options):
-    return layers.PostNormBlock(num_heads=3, intermediate_size=20, layer_norm_epsilon=1e-3, **options)
+def block(dropout=0.0, name=None, **shared):
+    return layers.Block(
+        attention=functools.partial(layers.Attention, 3, dropout=dropout, **shared),
+        mlp=functools.partial(layers.MLP, 20, **shared),
+        norm=functools.partial(layers.LayerNorm, 1e-3, dtype=shared.get("dtype", jnp.float32)),
+        norm_first=False,
+        dropout=dropout,
+        name=name,
+    )
 
 
 class Stack(nn.Module):
@@ -46,9 +53,8 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask=None):
-        options = {"dropout": self.dropout, "attention_dropout": self.dropout, "dtype": jnp.dtype(self.dtype)}
-        inner = block(name="layers", kernel_init=nn.initializers.normal(0.3), **options)
-        return layers.stack(inner, self.num_layers, x, mask, unroll=self.unroll, remat=self.remat)
+        inner = block(self.dropout, "layers", kernel_init=nn.initializers.normal(0.3), dtype=jnp.dtype(self.dtype))
+        return layers.stack(inner, self.num_layers, x, mask=mask, unroll=self.unroll, remat=self.remat)
 
 
 FORMULAS = {
@@ -140,7 +146,7 @@ def test_an_id_beyond_the_table_is_nan():
 
 def test_a_width_that_heads_do_not_divide_is_named():
     with pytest.raises(UserError, match="hidden_size 16 is not a multiple of num_heads 3"):
-        block().init(jax.random.key(0), np.zeros((1, 2, 16)), None)
+        block().init(jax.random.key(0), np.zeros((1, 2, 16)))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -216,7 +222,7 @@ def test_a_stack_is_its_layers_in_turn():
     assert {leaf.shape[0] for leaf in jax.tree.leaves(params)} == {4}
     y = x
     for layer in range(4):
-        y = apply(block(), jax.tree.map(lambda leaf, i=layer: leaf[i], params["layers"]), y, mask)
+        y = apply(block(), jax.tree.map(lambda leaf, i=layer: leaf[i], params["layers"]), y, mask=mask)
     np.testing.assert_allclose(apply(Stack(), params, x, mask), y, atol=1e-5)
 
 

@@ -1,0 +1,176 @@
+"""Decoders: GPT-2 (Radford 2019), GPT-3 (Brown 2020), Llama (Touvron 2023) and their kin.
+
+They differ in their positions, norms, biases, feed-forward networks and groups of heads, each of which is a field.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.errors import UserError, nearest
+from research.models import layers
+
+POSITIONS = ("learned", "rotary")
+
+
+class Decoder(nn.Module):
+    """A causal language model; its defaults are GPT-2 small's.
+
+    Attributes:
+      vocab_size: V.
+      hidden_size: D.
+      num_layers: blocks.
+      num_heads: H.
+      num_kv_heads: groups of heads that share keys and values (Ainslie 2023); H where it is None.
+      head_width: K; D / H where it is None.
+      intermediate_size: F.
+      max_positions: the longest sequence that there are learned positions for.
+      positions: "learned" or "rotary".
+      rope_theta: base of the rotary wavelengths.
+      rope_scaling: see `layers.rotary_angles`.
+      norm: "layer" or "rms", before each part of a block and at the end.
+      norm_epsilon: of every norm.
+      activation: of the MLP, by its Hugging Face name.
+      gated: whether the MLP has a gate.
+      attention_bias: of the projections to queries, keys and values.
+      out_bias: of the projection of the attention's result.
+      mlp_bias: of the MLP.
+      query_key_norm: whether each head's queries and keys are normalised.
+      sliding_window: how many tokens back attention reaches, its own included; None for all.
+      tie_embeddings: whether the output layer's weights are the word table.
+      embedding_scale: what word embeddings are multiplied by.
+      dropout: after the embeddings and before each residual sum.
+      attention_dropout: on the attention weights.
+      initializer_range: standard deviation of the initial kernels and tables; of those that end in a residual sum it
+        is divided by sqrt(2 layers) (Radford 2019, section 2.3).
+      dtype: what matrix products are computed in; parameters stay float32.
+      unroll: layers that the compiler sees at once.
+      remat: recompute activations in the backward pass.
+    """
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    head_width: int | None = None
+    intermediate_size: int = 3072
+    max_positions: int = 1024
+    positions: str = "learned"
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    norm: str = "layer"
+    norm_epsilon: float = 1e-5
+    activation: str = "gelu_new"
+    gated: bool = False
+    attention_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    query_key_norm: bool = False
+    sliding_window: int | None = None
+    tie_embeddings: bool = True
+    embedding_scale: float = 1.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+    unroll: int = 1
+    remat: bool = False
+
+    def setup(self):
+        """Makes the embeddings, a block, the last norm and the output layer."""
+        if self.positions not in POSITIONS:
+            raise UserError(f"unknown positions '{self.positions}'{nearest(self.positions, POSITIONS)}")
+        dtype, kernel_init = jnp.dtype(self.dtype), nn.initializers.normal(self.initializer_range)
+        out_init = nn.initializers.normal(self.initializer_range / math.sqrt(2 * self.num_layers))
+        norm = functools.partial(layers.norm(self.norm), self.norm_epsilon, dtype=dtype)
+        table = functools.partial(layers.Embedding, features=self.hidden_size, dtype=dtype, embedding_init=kernel_init)
+        shared: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "out_init": out_init}
+        self.word = table(self.vocab_size)
+        if self.positions == "learned":
+            self.position = table(self.max_positions)
+        self.drop = layers.Dropout(self.dropout)
+        self.layers = layers.Block(
+            attention=functools.partial(
+                layers.Attention,
+                self.num_heads,
+                self.num_kv_heads,
+                self.head_width,
+                self.attention_bias,
+                self.out_bias,
+                norm if self.query_key_norm else None,
+                dropout=self.attention_dropout,
+                **shared,
+            ),
+            mlp=functools.partial(
+                layers.MLP, self.intermediate_size, self.activation, self.gated, self.mlp_bias, **shared
+            ),
+            norm=norm,
+            dropout=self.dropout,
+        )
+        self.norm_out = norm()
+        if not self.tie_embeddings:
+            self.head = layers.Dense(self.vocab_size, False, dtype, kernel_init)
+        self.cache_index = layers.CacheIndex()
+
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxS: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps token ids int32 [B, T] to logits float32 [B, T, V] of the tokens that follow; see `hidden`."""
+        return self.logits(self.hidden(input_ids_BxT, attention_mask_BxS, positions_BxT))
+
+    def hidden(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxS: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps token ids int32 [B, T] to the hidden states [B, T, D] that `logits` takes.
+
+        Where `apply` lets the collection "cache" change, keys and values are kept in it: the first call makes a cache
+        of S places and fills T of them, the next ones continue.
+
+        Args:
+          input_ids_BxT: tokens.
+          attention_mask_BxS: 0 at padding, which may come first or last; tokens attend to earlier ones of their own
+            number, see `layers.attention_mask`. S is T, or the size of the cache, where the places of tokens that are
+            still to come hold 1 already.
+          positions_BxT: positions; where they are None tokens are counted, but for padding.
+        """
+        length = input_ids_BxT.shape[1]
+        index = self.cache_index(length)
+        start = 0 if index is None else index
+        if positions_BxT is None:
+            positions_BxT = layers.positions(attention_mask_BxS, input_ids_BxT.shape, start)
+        x_BxTxD = self.word(input_ids_BxT) * jnp.asarray(self.embedding_scale, self.dtype)
+        rotary = None
+        if self.positions == "learned":
+            x_BxTxD += self.position(positions_BxT)
+        else:
+            width = self.head_width or self.hidden_size // self.num_heads
+            rotary = layers.rotary_angles(positions_BxT, width, self.rope_theta, self.rope_scaling)
+        mask = layers.attention_mask(attention_mask_BxS, length, causal=True, index=start, window=self.sliding_window)
+        x_BxTxD = layers.stack(
+            self.layers,
+            self.num_layers,
+            self.drop(x_BxTxD),
+            mask=mask,
+            rotary=rotary,
+            index=index,
+            unroll=self.unroll,
+            remat=self.remat,
+        )
+        return self.norm_out(x_BxTxD)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Maps hidden states [..., D] to logits float32 [..., V]."""
+        if self.tie_embeddings:
+            return self.word.attend(hidden)
+        return self.head(hidden).astype(jnp.float32)
