@@ -47,7 +47,7 @@ class AlignLabels:
         kept = first_tokens >= 0
         target_mask = np.zeros(len(encoding.ids), np.int32)
         target_mask[first_tokens[kept]] = 1
-        features = {
+        features: dict[str, Any] = {
             "input_ids": np.asarray(encoding.ids, np.int32),
             "attention_mask": np.asarray(encoding.attention_mask, np.int32),
             "token_type_ids": np.asarray(encoding.type_ids, np.int32),

@@ -8,6 +8,7 @@ import collections
 import re
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import sacrebleu
@@ -102,7 +103,7 @@ def signature(name: str, references: References) -> str:
     return str(metric.get_signature())
 
 
-def _streams(references: References) -> list[list[str | None]]:
+def _streams(references: References) -> list[list[Any]]:
     """Returns the first references of all texts, the second ones, ...; None where a text has no more."""
     most = max(map(len, references))
     return [[each[i] if i < len(each) else None for each in references] for i in range(most)]

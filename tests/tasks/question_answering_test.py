@@ -144,7 +144,7 @@ def test_mistakes():
     spec = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in batch.items()}
     assert task.init(jax.random.key(0), spec)["logits"].shape == (8, LENGTH, 2)
     spec.pop("context_mask")
-    with pytest.raises(UserError, match="config.data.features: 'context_mask' is missing"):
+    with pytest.raises(UserError, match=r"config\.data\.features: 'context_mask' is missing"):
         task.init(jax.random.key(0), spec)
-    with pytest.raises(UserError, match="config.task.n_best: 0 must be at least 1"):
+    with pytest.raises(UserError, match=r"config\.task\.n_best: 0 must be at least 1"):
         QuestionAnswering(Given(), n_best=0)
