@@ -113,6 +113,8 @@ class Experiment:
     def task(self) -> Task:
         """The model and its objective."""
         context = self._basics | {"mesh": self.mesh, "label_names": self.label_names}
+        if self.tokenizer is not None:
+            context["vocab_size"] = self.tokenizer.backend.get_vocab_size()
         if self.label_names:
             context["num_outputs"] = len(self.label_names)
         elif self.config.task.get("objective") == "regression":
