@@ -97,7 +97,7 @@ class Experiment:
             return self.config.derived.to_dict()
         num_steps = self.config.get("num_steps")
         if num_steps is None:
-            num_steps = max(int(self.config.num_epochs * len(self.data.source) / self.config.batch_size), 1)
+            num_steps = max(int(self.config.num_epochs * self.data.size / self.config.batch_size), 1)
         return {
             "label_names": list(getattr(self.data.source, "label_names", {}).get("label", ())),
             "num_steps": num_steps,

@@ -52,11 +52,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
 def _predictions(experiment: Experiment, params: Params, bare: Sequence[Example]) -> Iterator[dict[str, Any]]:
     task, data, mesh = experiment.task, experiment.data, experiment.mesh
     predict = jax.jit(task.predict)
-    for part, batch in data.rows(bare):
+    for made_from, batch in data.rows(bare):
         # The last batch is filled up like the others, so that it divides over the devices and compiles no new shape.
         full = {name: np.resize(value, (data.batch_size, *value.shape[1:])) for name, value in batch.items()}
         outputs = jax.device_get(predict(params, sharding.place(full, mesh, data.padding), jax.random.key(0)))
-        for i in range(len(part)):
+        for i in range(len(made_from)):
             yield task.describe({name: value[i] for name, value in outputs.items()})
 
 
@@ -64,9 +64,11 @@ def _check(rows: Sequence[tuple[int, Example]], bare: Sequence[Example], data: D
     """Raises UserError naming the first line that cannot be predicted for, before anything is written."""
     for (number, _), example in zip(rows, bare):
         try:
-            data.transform(example)
+            made = len(data.transform(example))
         except UserError as error:
             raise UserError(f"--input: line {number}: {error}") from None
+        if made != 1:
+            raise UserError(f"--input: line {number}: config.data.ops make {made} rows of it; predictions are for one")
 
 
 def _read(path: str) -> list[tuple[int, Example]]:
