@@ -56,9 +56,11 @@ class AlignLabels:
             "words": list(words),
         }
         if self.label_field in example:
-            labels = np.asarray(example[self.label_field], np.int32)
+            labels = np.asarray(example[self.label_field])
             if len(labels) != len(words):
                 raise UserError(f"'{self.label_field}' has {len(labels)} labels for {len(words)} words")
+            if len(labels) and labels.dtype.kind not in "iu":
+                raise UserError(f"'{self.label_field}' holds {labels[0]!r}, not the number of a class")
             features["targets"] = np.zeros(len(encoding.ids), np.int32)
             features["targets"][first_tokens[kept]] = labels[kept]
         return example | features

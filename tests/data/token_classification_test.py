@@ -76,6 +76,7 @@ def test_no_words():
         ({"tokens": "a b"}, "an example has no list of words 'tokens'"),
         ({"tokens": ["a", 3]}, "an example has no list of words 'tokens'"),
         ({"tokens": ["a", "b"], "ner": [1]}, "'ner' has 1 labels for 2 words"),
+        ({"tokens": ["a"], "ner": ["O"]}, "'ner' holds .*'O'.*, not the number of a class"),
     ],
 )
 def test_examples_that_are_wrong(example, message):
