@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,8 +18,10 @@ from research import sharding, step
 from research.build import build, invoke, locate
 from research.checkpoint import Checkpoints
 from research.data.dataset import Dataset, Source
+from research.data.tokenizer import read
 from research.errors import UserError, nearest
 from research.optimizer import Optimizer
+from research.record import read_json
 from research.task import Params, Spec, Task
 
 KEYS = (
@@ -59,10 +63,16 @@ class Experiment:
         say, so that a checkpoint can be used without them.
     """
 
-    def __init__(self, config: ConfigDict, source: Source | None = None):
-        """Checks the top level; nothing is built yet. `source` takes the place of the training data's."""
+    def __init__(self, config: ConfigDict, source: Source | None = None, workdir: pathlib.Path | None = None):
+        """Checks the top level; nothing is built yet.
+
+        Args:
+          config: the top level.
+          source: takes the place of the training data's.
+          workdir: the run's folder, whose tokenizer is taken where it is this config's.
+        """
         self.config = ConfigDict(json.loads(config.to_json()))  # as config.json holds it: plain values, no references
-        self._source = source
+        self._source, self._workdir = source, workdir
         _check(self.config)
 
     def build(self) -> None:
@@ -79,8 +89,29 @@ class Experiment:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, or None."""
-        return build(self.config.get("tokenizer"), "config.tokenizer")
+        """The tokenizer, or None; the run's own, if it has one, is neither fetched nor trained again."""
+        return read(self._kept) if self._kept else build(self.config.get("tokenizer"), "config.tokenizer")
+
+    @functools.cached_property
+    def _kept(self) -> pathlib.Path | None:
+        """Where the run's tokenizer is, if its record has this config's."""
+        if self._workdir is None or not (self._workdir / "tokenizer").is_dir():
+            return None
+        recorded = read_json(self._workdir / "config.json") or {}
+        same = recorded.get("tokenizer") == self.config.to_dict().get("tokenizer")
+        return self._workdir / "tokenizer" if same else None
+
+    def keep_tokenizer(self) -> None:
+        """Puts the tokenizer into the run's folder, at once; to be called before the config is recorded there."""
+        if self.tokenizer is None or self._kept or not self._workdir or jax.process_index() != 0:
+            return
+        temporary = self._workdir / f".tokenizer.{os.getpid()}"
+        try:
+            self.tokenizer.save(temporary)
+            shutil.rmtree(self._workdir / "tokenizer", ignore_errors=True)  # of a run that came to nothing
+            temporary.rename(self._workdir / "tokenizer")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     @functools.cached_property
     def data(self) -> Dataset:

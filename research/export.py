@@ -29,7 +29,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
     Returns:
       the folder.
     """
-    experiment = Experiment(config)
+    experiment = Experiment(config, workdir=workdir)
     step, params = restore_params(experiment, workdir, checkpoint)
     folder = pathlib.Path(output).expanduser() if output else workdir / "export"
     labels = experiment.label_names[-experiment.task.model.num_outputs :]  # of two labels on one output, the second

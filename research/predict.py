@@ -40,7 +40,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
         raise UserError(f"--output: there is no folder {pathlib.Path(output).absolute().parent}")
     rows = _read(input)
     bare = [{name: value for name, value in row.items() if name != "label"} for _, row in rows]
-    experiment = Experiment(config, source=examples(bare))
+    experiment = Experiment(config, source=examples(bare), workdir=workdir)
     _, params = restore_params(experiment, workdir, checkpoint)
     if rows:
         _check(rows, bare, experiment)

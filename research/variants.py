@@ -13,6 +13,7 @@ MINILM = (
     "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 )
 WORDS = ("bad", "good", "odd")  # what tells the classes of the tiny texts apart
+VERBS = ("sat", "ran", "slept")
 ENDINGS = ("", "!", " film", " book", " plot.", " cast, too", " from end to end", " as ever")
 
 
@@ -81,3 +82,39 @@ def tiny_text_data(config: ConfigDict, labels: Sequence[str], fields: Sequence[s
     for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
         node.source = {"call": "research.data.source.examples", "records": records, "label_names": names}
     return config
+
+
+def tiny_run(config: ConfigDict) -> ConfigDict:
+    """Makes a config train for a few steps on bytes, with an evaluation and a checkpoint on the way."""
+    config.tokenizer = {"call": "research.data.tokenizer.byte_level"}
+    config.init = None
+    config.num_epochs = None
+    config.num_steps = 30
+    config.batch_size = 8
+    config.optimizer.update(learning_rate=1e-2, warmup=0)
+    config.checkpoint.every_steps = 10
+    config.log = {"every_steps": 5, "evaluate_every_steps": 12}
+    return config
+
+
+def tiny_documents(config: ConfigDict, length: int, fields: Sequence[str] = ("text",)) -> ConfigDict:
+    """Makes a config of language modelling run for a few steps on the bytes of a few texts.
+
+    Args:
+      config: its `data` and the `data` of its `evals` are changed.
+      length: of rows, be they packed or not.
+      fields: of the texts.
+    """
+    sentences = [f"the {thing} {verb}{ending}" for thing in ("cat", "dog") for verb in VERBS for ending in ENDINGS]
+    records = [dict.fromkeys(fields, text) for text in sentences]
+    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+        node.source = {"call": "research.data.source.examples", "records": records}
+        for key in ("pack", "pack_decoder"):
+            if key in node:
+                node[key] = length
+        node.window = 3
+        for op in node.ops:
+            for key in ("max_length", "decoder_max_length"):
+                if key in op:
+                    op[key] = length
+    return tiny_run(config)

@@ -121,7 +121,7 @@ def _lay(
         elif name in MADE:
             values = tokens.astype(np.int32)
         else:  # pieces of one sequence follow each other, so that nothing has to be cut
-            values = np.concatenate([np.asarray(e[name]) for e in examples if len(e[name])] or [np.zeros(0, np.int32)])
+            values = np.concatenate([e[name] for e in examples if len(e[name])] or [examples[0][name]])
         flat = np.full((shape[0] * shape[1], *values.shape[1:]), fill, values.dtype)
         flat[places] = values
         laid[name] = flat.reshape(*shape, *values.shape[1:])

@@ -221,11 +221,14 @@ def _own_builder(name: str, data_dir: str) -> DatasetBuilder:
 def _stock_builder(name: str, data_dir: str) -> DatasetBuilder:
     base, _, config = name.partition("/")
     listed = tensorflow_datasets.list_builders(with_community_datasets=False)
-    if base not in listed:
-        _import_stock(base)
+    reason = "" if base in listed else _import_stock(base)
     try:
         return tensorflow_datasets.builder(name, data_dir=data_dir)
+    except ImportError as error:
+        raise UserError(f"dataset '{name}' cannot be opened here: {_cause(error)}") from error
     except tensorflow_datasets.core.DatasetNotFoundError:
+        if reason:
+            raise UserError(f"dataset '{name}' cannot be opened here: {reason}") from None
         known = [*_own_names(), *listed, *_stock_modules()]
         raise UserError(f"no dataset '{name}'{nearest(base, known)}") from None
     except ValueError as error:
@@ -235,17 +238,24 @@ def _stock_builder(name: str, data_dir: str) -> DatasetBuilder:
         raise UserError(f"dataset '{base}' has no '{config}'{nearest(config, configs)}") from None
 
 
-def _import_stock(name: str) -> None:
-    """Imports the module of a dataset of TFDS.
+def _import_stock(name: str) -> str:
+    """Imports the module of a dataset of TFDS; returns why not, if it cannot.
 
     TFDS imports its modules by the package, which stops at the first one that needs TensorFlow; most need it not.
     """
     module = _stock_modules().get(name)
-    if module:
-        try:
+    try:
+        if module:
             importlib.import_module(module)
-        except ImportError as error:
-            logging.info("TFDS's '%s' cannot be prepared here: %s", name, error)
+    except ImportError as error:
+        return _cause(error)
+    return ""
+
+
+def _cause(error: ImportError) -> str:
+    """Returns which module there is not; TFDS surrounds that with advice."""
+    found = re.search(r"No module named '[\w.]+'", str(error))
+    return found[0] if found else " ".join(str(error).split())[:200]
 
 
 def _stock_modules() -> dict[str, str]:

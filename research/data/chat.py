@@ -1,0 +1,83 @@
+"""Conversations as the examples of a causal language model that learns the answers only."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.data.tokenizer import Tokenizer
+from research.errors import UserError, nearest
+
+
+class ChatTokens:
+    """Instruction tuning: the loss is on what the assistant says (Touvron et al. 2023, Llama 2, 3.1).
+
+    A conversation is rendered with the tokenizer's chat template, else in ChatML. Makes `input_ids`, `targets`
+    (targets[t] is the token after input_ids[t]), int32 [T], `target_mask`, float32 [T], 1 where the target is of an
+    answer or is the token that ends it, and `attention_mask`. Returns a list: the example, or nothing where the first
+    `max_length` tokens hold no answer.
+
+    Attributes:
+      max_length: conversations are cut after as many tokens.
+      padding: what fills each feature up.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, messages: str = "messages", max_length: int = 1024):
+        """Reads the field `messages`: a list of {"role": "user", "content": "Hello"}."""
+        if max_length < 1:
+            raise UserError(f"max_length: {max_length} is less than 1")
+        self.messages, self.max_length = messages, max_length
+        pad = tokenizer.pad_id
+        self.padding = {"input_ids": pad, "targets": pad, "target_mask": 0, "attention_mask": 0}
+        self._tokenizer = tokenizer
+
+    def __call__(self, example: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns the example with its features, or nothing."""
+        text, answers = answer_spans(self._tokenizer, _messages(example, self.messages))
+        encoding = self._tokenizer.backend.encode(text, add_special_tokens=False)
+        tokens = np.array(encoding.ids[: self.max_length + 1], np.int32)
+        begin, end = np.array(encoding.offsets[: self.max_length + 1], np.int64).reshape(-1, 2).T
+        learnt = np.zeros(len(tokens), bool)
+        for first, last in answers:
+            learnt |= (end > first) & (begin < last)
+        if not learnt[1:].any():
+            return []
+        made = {"input_ids": tokens[:-1], "targets": tokens[1:], "target_mask": learnt[1:].astype(np.float32)}
+        return [example | made | {"attention_mask": np.ones(len(tokens) - 1, np.int32)}]
+
+
+def answer_spans(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """Renders a conversation.
+
+    Returns:
+      the text, and where in it, in characters, each answer begins and ends, with what marks its end.
+
+    Raises:
+      UserError: the template renders a turn in another way when more follow, so that answers cannot be found.
+    """
+    text = tokenizer.chat(messages)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, whole = tokenizer.chat(messages[:i], add_generation_prompt=True), tokenizer.chat(messages[: i + 1])
+        if not (text.startswith(whole) and whole.startswith(before)):
+            raise UserError(
+                f"the chat template renders turn {i + 1} in another way when it is asked for than when it is read"
+            )
+        answer = whole[len(before) :]
+        marked = answer.rstrip()  # the line break after <|im_end|> is the template's
+        if marked.endswith(message["content"].rstrip()):  # nothing else marks the end
+            marked = answer
+        spans.append((len(before), len(before) + len(marked)))
+    return text, spans
+
+
+def _messages(example: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
+    if field not in example:
+        raise UserError(f"an example has no messages '{field}'{nearest(field, example)}")
+    messages = example[field]
+    for message in messages if isinstance(messages, Sequence | np.ndarray) and len(messages) else [None]:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f"'{field}' is no list of messages that have a role and a content, both text")
+    return list(messages)
