@@ -1,10 +1,10 @@
 """Fine-tunes BERT to find the people, places, organisations and other names in news: CoNLL-2003's English part.
 
-Tjong Kim Sang and De Meulder (2003). Recipe: that of BERT (Devlin 2018, section 5.3 and A.3): the label of a word at its
-first token, a linear layer on the encoder, batch 32, 3 epochs, learning rate 5e-5, the cased model.
-Published: F1 of entities 96.4 percent on the development set and 92.4 on the test set, BERT-base (Devlin 2018, table 7;
-from memory). That model saw each sentence amid its document; here sentences stand alone, which costs up to a point (from
-memory). Not run here: the data and the weights need the network.
+Tjong Kim Sang and De Meulder (2003). Recipe: that of BERT (Devlin 2018, section 5.3 and A.3): the label of a word at
+its first token, a linear layer on the encoder, batch 32, 3 epochs, learning rate 5e-5, the cased model.
+Published: F1 of entities 96.4 percent on the development set and 92.4 on the test set, BERT-base (Devlin 2018, table
+7; from memory). That model saw each sentence amid its document; here sentences stand alone, which costs up to a point
+(from memory). Not run here: the data and the weights need the network.
 Hardware: one accelerator; minutes.
 `:tiny` needs neither network nor files and takes seconds.
 """

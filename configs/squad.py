@@ -1,9 +1,9 @@
 """Fine-tunes BERT on SQuAD, which asks questions whose answer is a span of a passage of Wikipedia.
 
 Version 1.1 (Rajpurkar 2016), or with `:v2` version 2 (Rajpurkar 2018), where half of the questions of the development
-set have no answer. Recipe: that of BERT's repository: learning rate 3e-5, batch 12, 2 epochs, windows of 384 tokens; and
-its 10 % of warm-up and weight decay of 0.01. Here windows share 128 tokens of the passage, as in Transformers; in the
-repository they begin 128 tokens apart.
+set have no answer. Recipe: that of BERT's repository: learning rate 3e-5, batch 12, 2 epochs, windows of 384 tokens,
+10 % of warm-up, weight decay 0.01. Here windows share 128 tokens of the passage, as in Transformers; in the repository
+they begin 128 tokens apart.
 
 Published, on the development set of v1.1: exact match 81.25, F1 88.41 percent (BERT-base, uncased; the repository's
 README). For v2 no number of this model is quoted here; `best_f1` is at the threshold that suits the set best. Not run
