@@ -88,7 +88,8 @@ def mocked(dataset):
     if dataset not in ("glue", "squad", "conll2003"):
         return contextlib.nullcontext()
     answers = {"text": [b"Oslo"], "answer_start": [8]}
-    example = {"question": b"where?", "context": b"I am in Oslo", "answers": answers}
+    example = {"title": b"", "question": b"where?", "context": b"I am in Oslo", "answers": answers}
+    example["plausible_answers"] = answers
     # TFDS would draw answers that are not in their passages.
     own = {"as_data_source_fn": lambda *_, **__: [example] * 6} if dataset == "squad" else {}
     return tensorflow_datasets.testing.mock_data(num_examples=6, num_sub_examples=3, **own)
