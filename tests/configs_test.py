@@ -85,14 +85,14 @@ def offline(encoder, tmp_path, monkeypatch):
 
 def mocked(dataset):
     """Stands in for a stock dataset of TFDS."""
-    if dataset not in ("glue", "squad", "conll2003"):
-        return contextlib.nullcontext()
     answers = {"text": [b"Oslo"], "answer_start": [8]}
-    example = {"title": b"", "question": b"where?", "context": b"I am in Oslo", "answers": answers}
-    example["plausible_answers"] = answers
-    # TFDS would draw answers that are not in their passages.
-    own = {"as_data_source_fn": lambda *_, **__: [example] * 6} if dataset == "squad" else {}
-    return tensorflow_datasets.testing.mock_data(num_examples=6, num_sub_examples=3, **own)
+    question = {"question": b"where?", "context": b"I am in Oslo", "answers": answers, "plausible_answers": answers}
+    # What TFDS would draw: answers that are not in their passages, labels that are fewer than the words.
+    own = {"squad": question | {"title": b""}, "conll2003": {"tokens": [b"in", b"Oslo"], "ner": np.array([0, 5])}}
+    if dataset not in ("glue", *own):
+        return contextlib.nullcontext()
+    draw = {"as_data_source_fn": lambda *_, **__: [own[dataset]] * 6} if dataset in own else {}
+    return tensorflow_datasets.testing.mock_data(num_examples=6, **draw)
 
 
 def step_shapes(experiment):
