@@ -52,7 +52,6 @@ def data(split: str, more: tuple[str, ...] = ()) -> dict:
         ops=[dict(call="research.data.language.CausalTokens", target_bytes=bool(more))],
         features=("input_ids", "targets", "target_mask", "attention_mask", "positions", *more),
         pack=256,
-        window=2,
     )
 
 

@@ -140,7 +140,9 @@ class Dataset:
         """
         if len(self.source) == 0:
             raise UserError("the training data hold no example")
-        indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle().repeat()
+        # Endless but for a length that Grain can still count in windows of one example.
+        indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
+        indices = indices.repeat(2**62 // len(self.source))
         part = indices[jax.process_index() :: jax.process_count()]
         return self._iterate(part, self.batch_size // jax.process_count(), train=True)
 
