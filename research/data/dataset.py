@@ -261,8 +261,8 @@ class Dataset:
     def _collate(
         self, examples: Sequence[Example], lengths: dict[str, int], partial: bool = False
     ) -> dict[str, np.ndarray]:
-        """Stacks examples; sequences are padded to `lengths`. `partial` leaves out what the first one lacks."""
-        names = [n for n in (*self.features, "mask") if n in examples[0] or not partial]
+        """Stacks examples; sequences are padded to `lengths`. `partial` leaves out what one of them lacks."""
+        names = [n for n in (*self.features, "mask") if not partial or all(n in example for example in examples)]
         for name in names:
             if name not in examples[0]:
                 raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, examples[0])}")
