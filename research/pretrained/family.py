@@ -42,6 +42,25 @@ class Key:
             raise UserError(f"config.json has {self.name}=null, where the model needs a value such as {self.default!r}")
         return value
 
+    def write(self, value: Any) -> dict[str, Any]:
+        """Returns what config.json holds for a field of this value."""
+        return {self.name: value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """A field of our model that does not stand in config.json under one key, as it is.
+
+    Attributes:
+      read: returns the value that config.json gives the field, or raises UserError.
+      write: returns what config.json holds for a field of this value.
+      free: see `Key`.
+    """
+
+    read: Callable[[Mapping[str, Any]], Any]
+    write: Callable[[Any], dict[str, Any]] = lambda value: {}
+    free: bool = False
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -53,13 +72,15 @@ class Kind:
       parts: those of its fields that are modules, and their classes. No two classes may share a field name.
       keys: our fields that config.json holds.
       constants: our fields that the family fixes.
+      complete: returns the fields of a model with those written out that its class derives where they are None.
     """
 
     architecture: str
     model: type[nn.Module]
     parts: Mapping[str, type[nn.Module]]
-    keys: Mapping[str, Key]
+    keys: Mapping[str, Key | Computed]
     constants: Mapping[str, Any]
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda fields: fields
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the fields of the model that `config` describes."""
@@ -70,7 +91,9 @@ class Kind:
 
         Of two fields that share a key the later in `keys` is written; only free ones may then differ.
         """
-        config = {key.name: fields[field] for field, key in self.keys.items()}
+        config: dict[str, Any] = {}
+        for field, key in self.keys.items():
+            config |= key.write(fields[field])
         for field, value in self.read(config).items():
             if fields[field] != value and field not in self.overridable():
                 raise UserError(f"{self.architecture} needs {field}={value!r}, the model has {fields[field]!r}")
@@ -86,7 +109,7 @@ class Kind:
         fields = {name: getattr(model, name) for name in _types(self.model) if name not in self.parts}
         for name, part in self.parts.items():
             fields |= {field: getattr(getattr(model, name), field) for field in _types(part)}
-        return fields
+        return self.complete(fields)
 
     def matches(self, model: nn.Module) -> bool:
         """Says whether `model` is made of this kind's classes."""

@@ -1,6 +1,7 @@
 """Import from and export to Hugging Face folders: config.json, weights, tokenizer files.
 
-Nothing here knows a family: `bert.py` and its like declare the names (see `family.py`).
+Nothing here knows a family: `bert.py` and its like declare the names (see `family.py`). A GGUF file is read as the
+folder that it was made from.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import numpy as np
 import research.pretrained
 from research import assets
 from research.errors import UserError, nearest
-from research.pretrained import weight_files
+from research.pretrained import gguf, weight_files
 from research.pretrained.family import Family, Kind, Tensor, override
 from research.pretrained.torch_zip import Stored
 
@@ -62,7 +63,7 @@ def sequence_classifier(path: str, num_outputs: int | None = None, **overrides: 
 
 
 def load_model(path: str, kind: str, **fields: Any) -> nn.Module:
-    """Returns the model of that kind that a folder's config.json describes, with `fields` replaced."""
+    """Returns the model of that kind that a folder's config.json, or a GGUF file, describes, with `fields` replaced."""
     config = _read_config(assets.resolve(path))
     family = _family(config)
     family.check(config)
@@ -76,7 +77,7 @@ def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: boo
     """Reads a folder's weights into the layout of `model.init`.
 
     Args:
-      path: a Hugging Face folder, in any form that `assets.resolve` takes.
+      path: a Hugging Face folder or a GGUF file, in any form that `assets.resolve` takes.
       model: the model that the weights are for.
       params_shape: its parameters as a tree of `jax.ShapeDtypeStruct`.
       new_head: leave the checkpoint's task head unread and begin a new one.
@@ -169,6 +170,8 @@ def save(
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    if gguf.is_file(folder):
+        return gguf.config(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
     return weight_files.read_json(folder / "config.json")
