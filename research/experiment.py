@@ -131,8 +131,9 @@ class Experiment:
         num_steps = self.config.get("num_steps")
         if num_steps is None:
             num_steps = max(int(self.config.num_epochs * self.data.size / self.config.batch_size), 1)
+        label = next((op.label_field for op in self.data.ops if hasattr(op, "label_field")), "label")
         return {
-            "label_names": list(getattr(self.data.source, "label_names", {}).get("label", ())),
+            "label_names": list(getattr(self.data.source, "label_names", {}).get(label, ())),
             "num_steps": num_steps,
             "spec": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in self.data.spec.items()},
         }

@@ -3,11 +3,14 @@
 import pathlib
 import tempfile
 
+import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
+from research.data.tokenizer import Tokenizer
 from research.evaluate import restore_params
 from research.experiment import Experiment
+from research.models.encoder_decoder import EncoderDecoder
 from research.pretrained import huggingface
 
 PROBLEMS = {
@@ -32,15 +35,26 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
     experiment = Experiment(config, workdir=workdir)
     step, params = restore_params(experiment, workdir, checkpoint)
     folder = pathlib.Path(output).expanduser() if output else workdir / "export"
-    labels = experiment.label_names[-experiment.task.model.num_outputs :]  # of two labels on one output, the second
+    model, tokenizer = experiment.task.model, experiment.tokenizer
+    names = getattr(experiment.task, "label_names", ())
+    labels = names[-model.num_outputs :] if names else None  # of two labels on one output, the second
     with tempfile.TemporaryDirectory() as temporary:
         huggingface.save(
             folder,
-            experiment.task.model,
+            model,
             jax.device_get(params),
-            labels=labels or None,
+            labels=labels,
             problem_type=PROBLEMS.get(getattr(experiment.task, "objective", "")),
-            tokenizer_files=experiment.tokenizer.save(pathlib.Path(temporary)) if experiment.tokenizer else (),
+            tokenizer_files=tokenizer.save(pathlib.Path(temporary)) if tokenizer else (),
+            config=special_tokens(model, tokenizer) if tokenizer else {},
         )
     print(f"wrote the checkpoint of step {step} to {folder}")
     return folder
+
+
+def special_tokens(model: nn.Module, tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns what config.json says of the tokenizer's special tokens, which Transformers generates with."""
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("pad", "bos", "eos")}
+    if isinstance(model, EncoderDecoder):
+        ids["decoder_start_token_id"] = tokenizer.pad_id  # T5's convention and Marian's
+    return {name: number for name, number in ids.items() if number is not None}

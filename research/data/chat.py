@@ -9,13 +9,30 @@ from research.data.tokenizer import Tokenizer
 from research.errors import UserError, nearest
 
 
+class Messages:
+    """Makes a conversation of an example's fields, by templates such as "Translate into German: {source}"."""
+
+    def __init__(self, user: str, assistant: str = "", system: str = ""):
+        """Takes what each role says; a role that says nothing is left out, and an assistant that is, is asked."""
+        self._templates = {"system": system, "user": user, "assistant": assistant}
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Returns the example with the field `messages`."""
+        try:
+            said = {role: template.format_map(example) for role, template in self._templates.items() if template}
+        except KeyError as error:
+            raise UserError(f"an example has no field {error}{nearest(str(error.args[0]), example)}") from None
+        return example | {"messages": [{"role": role, "content": content} for role, content in said.items()]}
+
+
 class ChatTokens:
     """Instruction tuning: the loss is on what the assistant says (Touvron et al. 2023, Llama 2, 3.1).
 
     A conversation is rendered with the tokenizer's chat template, else in ChatML. Makes `input_ids`, `targets`
     (targets[t] is the token after input_ids[t]), int32 [T], `target_mask`, float32 [T], 1 where the target is of an
     answer or is the token that ends it, and `attention_mask`. Returns a list: the example, or nothing where the first
-    `max_length` tokens hold no answer.
+    `max_length` tokens hold no answer. A conversation without any answer is a question: it gets `input_ids` and
+    `attention_mask` alone, up to where the answer begins, and keeps its end where it is too long.
 
     Attributes:
       max_length: conversations are cut after as many tokens.
@@ -33,7 +50,10 @@ class ChatTokens:
 
     def __call__(self, example: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns the example with its features, or nothing."""
-        text, answers = answer_spans(self._tokenizer, _messages(example, self.messages))
+        messages = _messages(example, self.messages)
+        if all(message["role"] != "assistant" for message in messages):
+            return [example | self._question(messages)]
+        text, answers = answer_spans(self._tokenizer, messages)
         encoding = self._tokenizer.backend.encode(text, add_special_tokens=False)
         tokens = np.array(encoding.ids[: self.max_length + 1], np.int32)
         begin, end = np.array(encoding.offsets[: self.max_length + 1], np.int64).reshape(-1, 2).T
@@ -44,6 +64,11 @@ class ChatTokens:
             return []
         made = {"input_ids": tokens[:-1], "targets": tokens[1:], "target_mask": learnt[1:].astype(np.float32)}
         return [example | made | {"attention_mask": np.ones(len(tokens) - 1, np.int32)}]
+
+    def _question(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        text = self._tokenizer.chat(messages, add_generation_prompt=True)
+        ids = self._tokenizer.backend.encode(text, add_special_tokens=False).ids[-self.max_length :]
+        return {"input_ids": np.array(ids, np.int32), "attention_mask": np.ones(len(ids), np.int32)}
 
 
 def answer_spans(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:

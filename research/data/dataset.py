@@ -64,7 +64,7 @@ class Dataset:
       pack_decoder: length of the decoder's side of the rows; documents with two sides are not cut.
     """
 
-    source: Source
+    source: Source = dataclasses.field(repr=False)  # Grain names its steps by their repr, which would write out a list
     features: tuple[str, ...]
     ops: tuple[Callable[..., Any], ...] = ()
     batch_size: int = 32
@@ -140,7 +140,9 @@ class Dataset:
         """
         if len(self.source) == 0:
             raise UserError("the training data hold no example")
-        indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle().repeat()
+        # Endless but for a length that Grain can still count in windows of one example.
+        indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
+        indices = indices.repeat(2**62 // len(self.source))
         part = indices[jax.process_index() :: jax.process_count()]
         return self._iterate(part, self.batch_size // jax.process_count(), train=True)
 
@@ -259,8 +261,8 @@ class Dataset:
     def _collate(
         self, examples: Sequence[Example], lengths: dict[str, int], partial: bool = False
     ) -> dict[str, np.ndarray]:
-        """Stacks examples; sequences are padded to `lengths`. `partial` leaves out what the first one lacks."""
-        names = [n for n in (*self.features, "mask") if n in examples[0] or not partial]
+        """Stacks examples; sequences are padded to `lengths`. `partial` leaves out what one of them lacks."""
+        names = [n for n in (*self.features, "mask") if not partial or all(n in example for example in examples)]
         for name in names:
             if name not in examples[0]:
                 raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, examples[0])}")

@@ -15,6 +15,20 @@ from research.errors import UserError
 Example = dict[str, Any]
 
 
+class Texts:
+    """Each of several texts of an example as an example of its own: the sides of pairs, to pretrain on them singly."""
+
+    def __init__(self, fields: tuple[str, ...], into: str = "text"):
+        """Reads the texts in `fields`, and writes each to the field `into`."""
+        if not fields:
+            raise UserError("fields: there are none")
+        self.fields, self.into = fields, into
+
+    def __call__(self, example: Example) -> list[Example]:
+        """Returns as many examples as there are fields."""
+        return [{self.into: text_of(example, field)} for field in self.fields]
+
+
 class CausalTokens:
     """Next-token prediction over whole documents (Radford et al. 2018, equation 1).
 

@@ -389,10 +389,12 @@ def _train_unigram(
         raise
     except Exception as raised:  # the trainer has no class of its own for a vocabulary that is too small
         error = raised
-    least = len(texts.alphabet(normalizers.Sequence(steps)).keys() | {"▁"}) + len(specials) + len(fallback)
+    # Where there is room for the characters only, the trainer gives every piece that it has: one more is needed.
+    least = len(texts.alphabet(normalizers.Sequence(steps)).keys() | {"▁"}) + 1 + len(specials) + len(fallback)
     _check_size(vocab_size, least, "special tokens and characters")
     if error is not None:
         raise error
+    _check_size(vocab_size, backend.get_vocab_size() + len(fallback), "special tokens and characters")
     pieces = _canonical(json.loads(backend.to_str())["model"]["vocab"], len(specials))
     pieces[len(specials) : len(specials)] = [(token, pieces[-1][1] - 10) for token in fallback]
     backend.model = models.Unigram(pieces, unk_id=specials.index("<unk>"), byte_fallback=byte_fallback)

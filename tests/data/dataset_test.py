@@ -469,3 +469,16 @@ def test_packing_that_cannot_be_is_an_error_at_once(arguments, message):
 def test_sequences_of_no_stated_length_must_be_packed():
     with pytest.raises(UserError, match=r"what makes input_ids, targets, target_mask needs a max_length \(or `pack`\)"):
         Dataset(make_documents(), PACKED, (language_model,)).batches()
+
+
+def test_reading_does_not_write_out_the_source():
+    class Source(list):
+        def __repr__(self):
+            raise AssertionError
+
+    next(Dataset(Source(make_documents()), PACKED, (language_model,), batch_size=4, pack=16).batches())
+
+
+def test_windows_may_be_of_one_example():
+    batches = make_packed(window=1, batch_size=1).batches()
+    assert next(batches)["input_ids"].shape == (1, 16)

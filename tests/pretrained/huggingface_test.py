@@ -352,8 +352,8 @@ def test_wrong_values_are_named(bert_folder):
         ({"num_attention_heads": 5}, "hidden_size 12 is not a multiple of num_heads 5"),
         ({"hidden_size": "12"}, "hidden_size='12' is of the wrong type"),
         ({"hidden_size": None}, "hidden_size=null"),
-        ({"model_type": "brt"}, r"model_type 'brt'; did you mean 'bert'\? \(there are: bert, distilbert, roberta\)$"),
-        ({"model_type": "huggingface"}, "model_type 'huggingface'; there are: bert, distilbert, roberta$"),
+        ({"model_type": "brt"}, r"model_type 'brt'; did you mean 'bert'\? \(there are: bert, distilbert, .*\)$"),
+        ({"model_type": "huggingface"}, "model_type 'huggingface'; there are: bert, distilbert, "),
     ]:
         before = (bert_folder / "config.json").read_text()
         edit_config(bert_folder, **change)
