@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = "") -> dict
     Returns:
       {"step": ..., "metrics": {"name/metric": value}}.
     """
-    experiment = Experiment(config)
+    experiment = Experiment(config, workdir=workdir)
     if not experiment.evaluators:
         raise UserError("config.evals: there is nothing to evaluate on")
     step, params = restore_params(experiment, workdir, checkpoint)

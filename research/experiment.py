@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,13 +18,16 @@ from research import sharding, step
 from research.build import build, invoke, locate
 from research.checkpoint import Checkpoints
 from research.data.dataset import Dataset, Source
+from research.data.tokenizer import read
+from research.decoding import Decoding
 from research.errors import UserError, nearest
 from research.optimizer import Optimizer
+from research.record import read_json
 from research.task import Params, Spec, Task
 
 KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
-    *("optimizer", "mesh", "checkpoint", "log", "derived"),
+    *("optimizer", "mesh", "checkpoint", "log", "derived", "decoding"),
 )
 # What a section without `call` configures.
 SECTIONS = {
@@ -31,6 +36,7 @@ SECTIONS = {
     "mesh": "research.sharding.make_mesh",
     "checkpoint": "research.checkpoint.Checkpoints",
     "log": "research.experiment.Log",
+    "decoding": "research.decoding.Decoding",
 }
 
 
@@ -59,10 +65,16 @@ class Experiment:
         say, so that a checkpoint can be used without them.
     """
 
-    def __init__(self, config: ConfigDict, source: Source | None = None):
-        """Checks the top level; nothing is built yet. `source` takes the place of the training data's."""
+    def __init__(self, config: ConfigDict, source: Source | None = None, workdir: pathlib.Path | None = None):
+        """Checks the top level; nothing is built yet.
+
+        Args:
+          config: the top level.
+          source: takes the place of the training data's.
+          workdir: the run's folder, whose tokenizer is taken where it is this config's.
+        """
         self.config = ConfigDict(json.loads(config.to_json()))  # as config.json holds it: plain values, no references
-        self._source = source
+        self._source, self._workdir = source, workdir
         _check(self.config)
 
     def build(self) -> None:
@@ -79,8 +91,29 @@ class Experiment:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, or None."""
-        return build(self.config.get("tokenizer"), "config.tokenizer")
+        """The tokenizer, or None; the run's own, if it has one, is neither fetched nor trained again."""
+        return read(self._kept) if self._kept else build(self.config.get("tokenizer"), "config.tokenizer")
+
+    @functools.cached_property
+    def _kept(self) -> pathlib.Path | None:
+        """Where the run's tokenizer is, if its record has this config's."""
+        if self._workdir is None or not (self._workdir / "tokenizer").is_dir():
+            return None
+        recorded = read_json(self._workdir / "config.json") or {}
+        same = recorded.get("tokenizer") == self.config.to_dict().get("tokenizer")
+        return self._workdir / "tokenizer" if same else None
+
+    def keep_tokenizer(self) -> None:
+        """Puts the tokenizer into the run's folder, at once; to be called before the config is recorded there."""
+        if self.tokenizer is None or self._kept or not self._workdir or jax.process_index() != 0:
+            return
+        temporary = self._workdir / f".tokenizer.{os.getpid()}"
+        try:
+            self.tokenizer.save(temporary)
+            shutil.rmtree(self._workdir / "tokenizer", ignore_errors=True)  # of a run that came to nothing
+            temporary.rename(self._workdir / "tokenizer")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     @functools.cached_property
     def data(self) -> Dataset:
@@ -97,9 +130,10 @@ class Experiment:
             return self.config.derived.to_dict()
         num_steps = self.config.get("num_steps")
         if num_steps is None:
-            num_steps = max(int(self.config.num_epochs * len(self.data.source) / self.config.batch_size), 1)
+            num_steps = max(int(self.config.num_epochs * self.data.size / self.config.batch_size), 1)
+        label = next((op.label_field for op in self.data.ops if hasattr(op, "label_field")), "label")
         return {
-            "label_names": list(getattr(self.data.source, "label_names", {}).get("label", ())),
+            "label_names": list(getattr(self.data.source, "label_names", {}).get(label, ())),
             "num_steps": num_steps,
             "spec": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in self.data.spec.items()},
         }
@@ -112,7 +146,9 @@ class Experiment:
     @functools.cached_property
     def task(self) -> Task:
         """The model and its objective."""
-        context = self._basics | {"mesh": self.mesh, "label_names": self.label_names}
+        context = self._basics | {"mesh": self.mesh, "label_names": self.label_names, "decoding": self.decoding}
+        if self.tokenizer is not None:
+            context["vocab_size"] = self.tokenizer.backend.get_vocab_size()
         if self.label_names:
             context["num_outputs"] = len(self.label_names)
         elif self.config.task.get("objective") == "regression":
@@ -122,12 +158,17 @@ class Experiment:
     @functools.cached_property
     def evaluators(self) -> dict[str, Callable[..., dict[str, float]]]:
         """Name -> evaluator."""
-        context = self._basics | {"mesh": self.mesh, "task": self.task}
+        context = self._basics | {"mesh": self.mesh, "task": self.task, "decoding": self.decoding}
         evaluators = build(self.config.get("evals") or {}, "config.evals", **context)
         for name, evaluator in evaluators.items():
             if not callable(evaluator):
                 raise UserError(f"config.evals.{name}: it is no evaluator; it needs a `call`")
         return evaluators
+
+    @functools.cached_property
+    def decoding(self) -> Decoding:
+        """How text is generated."""
+        return self._invoke("decoding")
 
     @property
     def num_steps(self) -> int:

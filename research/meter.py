@@ -42,14 +42,13 @@ class Meter:
             sums[1] += count
 
     def add_batch(self, batch: Mapping[str, np.ndarray], processes: int) -> None:
-        """Counts a batch: its real examples and, of text, its tokens and the places for tokens."""
+        """Counts a batch: its real examples and, of text, its tokens on all sides and the places for tokens."""
         counts = {"steps": 1.0, "examples": float(batch["mask"].sum()) * processes}
-        if "attention_mask" in batch:
-            tokens = batch["attention_mask"][batch["mask"] > 0]
-            counts |= {
-                "tokens": float(tokens.sum()) * processes,
-                "places": float(batch["attention_mask"].size) * processes,
-            }
+        # Masks hold numbers of documents where several share a row.
+        for numbers in (batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch):
+            tokens = float(np.count_nonzero(numbers[batch["mask"] > 0]))
+            counts["tokens"] = counts.get("tokens", 0.0) + tokens * processes
+            counts["places"] = counts.get("places", 0.0) + float(numbers.size) * processes
         self._add(counts)
 
     def add_seconds(self, **seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import itertools
 import json
 import pathlib
 import sys
@@ -13,12 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from research import sharding
-from research.data.dataset import Dataset, Example
+from research.data.dataset import Example
 from research.data.source import examples
 from research.errors import UserError
 from research.evaluate import restore_params
 from research.experiment import Experiment
-from research.task import Params
+from research.task import DescribesRows, Params
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str = "-", checkpoint: str = "") -> None:
@@ -39,10 +40,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
         raise UserError(f"--output: there is no folder {pathlib.Path(output).absolute().parent}")
     rows = _read(input)
     bare = [{name: value for name, value in row.items() if name != "label"} for _, row in rows]
-    experiment = Experiment(config, source=examples(bare))
+    experiment = Experiment(config, source=examples(bare), workdir=workdir)
     _, params = restore_params(experiment, workdir, checkpoint)
     if rows:
-        _check(rows, bare, experiment.data)
+        _check(rows, bare, experiment)
     with open(output, "w", encoding="utf-8") if output != "-" else contextlib.nullcontext(sys.stdout) as file:
         for (_, row), described in zip(rows, _predictions(experiment, params, bare)):
             file.write(json.dumps(row | described, ensure_ascii=False) + "\n")
@@ -50,23 +51,39 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
 
 
 def _predictions(experiment: Experiment, params: Params, bare: Sequence[Example]) -> Iterator[dict[str, Any]]:
-    task, data, mesh = experiment.task, experiment.data, experiment.mesh
-    predict = jax.jit(task.predict)
-    for part, batch in data.rows(bare):
+    """Yields what the task says of each example, given the outputs of all rows that were made of it."""
+    task, data = experiment.task, experiment.data
+    for number, made in itertools.groupby(_outputs(experiment, params, bare), key=lambda pair: pair[0]):
+        outputs = [output for _, output in made]
+        if isinstance(task, DescribesRows):
+            yield task.describe_rows(data.transform(bare[number]), outputs)
+        else:
+            yield task.describe(outputs[0])
+
+
+def _outputs(
+    experiment: Experiment, params: Params, bare: Sequence[Example]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yields the outputs of every row, with the index of the example that it was made of."""
+    data, mesh = experiment.data, experiment.mesh
+    predict = jax.jit(experiment.task.predict)
+    for made_from, batch in data.rows(bare):
         # The last batch is filled up like the others, so that it divides over the devices and compiles no new shape.
         full = {name: np.resize(value, (data.batch_size, *value.shape[1:])) for name, value in batch.items()}
         outputs = jax.device_get(predict(params, sharding.place(full, mesh, data.padding), jax.random.key(0)))
-        for i in range(len(part)):
-            yield task.describe({name: value[i] for name, value in outputs.items()})
+        for i, number in enumerate(made_from):
+            yield number, {name: value[i] for name, value in outputs.items()}
 
 
-def _check(rows: Sequence[tuple[int, Example]], bare: Sequence[Example], data: Dataset) -> None:
+def _check(rows: Sequence[tuple[int, Example]], bare: Sequence[Example], experiment: Experiment) -> None:
     """Raises UserError naming the first line that cannot be predicted for, before anything is written."""
     for (number, _), example in zip(rows, bare):
         try:
-            data.transform(example)
+            made = len(experiment.data.transform(example))
         except UserError as error:
             raise UserError(f"--input: line {number}: {error}") from None
+        if made == 0 or (made > 1 and not isinstance(experiment.task, DescribesRows)):
+            raise UserError(f"--input: line {number}: config.data.ops make {made} rows of it; predictions are for one")
 
 
 def _read(path: str) -> list[tuple[int, Example]]:

@@ -81,7 +81,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh, padding: dict[str, int]) -> dict[str, jax.Array]:
+def place(batch: Mapping[str, np.ndarray], mesh: Mesh, padding: Mapping[str, float]) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices, as a part of the global batch.
 
     Args:
@@ -90,14 +90,15 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh, padding: dict[str, int]) 
       padding: features whose second axis is a length that processes must agree on, and what fills them up.
     """
     if jax.process_count() > 1 and padding:
-        length = max(batch[name].shape[1] for name in padding)
-        length = int(np.max(multihost_utils.process_allgather(np.int32(length))))
-        batch = dict(batch) | {name: pad(np.asarray(batch[name]), length, fill) for name, fill in padding.items()}
+        own = np.array([batch[name].shape[1] for name in padding], np.int32)
+        longest = multihost_utils.process_allgather(own).max(axis=0).tolist()
+        fills = zip(padding.items(), longest)
+        batch = dict(batch) | {name: pad(np.asarray(batch[name]), length, fill) for (name, fill), length in fills}
     sharding = NamedSharding(mesh, P(("data", "fsdp")))
     return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
 
 
-def pad(rows: np.ndarray, length: int, fill: int) -> np.ndarray:
+def pad(rows: np.ndarray, length: int, fill: float) -> np.ndarray:
     """Fills the second axis of [B, T, ...] up to `length`."""
     widths = [(0, 0), (0, length - rows.shape[1])] + [(0, 0)] * (rows.ndim - 2)
     return np.pad(rows, widths, constant_values=fill)

@@ -1,7 +1,7 @@
 """The joint between models and the loop: a task is a model, an objective and a way to predict."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -44,4 +44,20 @@ class Task(Protocol):
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
         """Returns one example's outputs as a person reads them, and as JSON knows them."""
+        ...
+
+
+@runtime_checkable
+class DescribesRows(Protocol):
+    """A task that puts its outputs in words by what they were made from, be it one row of an example or several."""
+
+    def describe_rows(
+        self, rows: Sequence[Mapping[str, Any]], outputs: Sequence[dict[str, np.ndarray]]
+    ) -> dict[str, Any]:
+        """Returns one example's outputs as a person reads them.
+
+        Args:
+          rows: what `Dataset.transform` makes of the example.
+          outputs: what `predict` says of each row.
+        """
         ...

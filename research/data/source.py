@@ -68,16 +68,16 @@ def tfds(dataset: str, split: str = "train", data_dir: str | None = None) -> Sou
     """Returns a split of a named dataset, which is prepared first if it is not there.
 
     Args:
-      dataset: one of the modules of `research.data.datasets`, or any dataset of TFDS: "glue/sst2".
+      dataset: one of the modules of `research.data.datasets`, or any dataset of TFDS; "name/config" picks one of
+        its configs, else it is the first: "glue/sst2", "libreoffice/en-fr".
       split: as TFDS writes them: "train", "train[:90%]", "train[10%:]+validation".
       data_dir: where prepared datasets are; `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
 
     Raises:
       UserError: there is no such dataset or split, or it cannot be prepared here.
     """
-    if dataset in _own_names():
-        cls = _own_class(dataset)
-        return _source(lambda: cls(data_dir=_data_dir(data_dir)), dataset, split)
+    if dataset.partition("/")[0] in _own_names():
+        return _source(lambda: _own_builder(dataset, _data_dir(data_dir)), dataset, split)
     return _source(lambda: _stock_builder(dataset, _data_dir(data_dir)), dataset, split)
 
 
@@ -208,24 +208,27 @@ def _own_names() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(datasets.__path__) if module.name != "table"]
 
 
-def _own_class(name: str) -> type[DatasetBuilder]:
-    module = importlib.import_module(f"{datasets.__name__}.{name}")
-    (cls,) = (
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, DatasetBuilder) and value.__module__ == module.__name__
-    )
-    return cls
+def _own_builder(name: str, data_dir: str) -> DatasetBuilder:
+    base, _, config = name.partition("/")
+    module = importlib.import_module(f"{datasets.__name__}.{base}")
+    classes: list[Any] = [value for value in vars(module).values() if inspect.isclass(value)]
+    (cls,) = (value for value in classes if issubclass(value, DatasetBuilder) and value.__module__ == module.__name__)
+    if config and config not in cls.builder_configs:
+        raise UserError(f"dataset '{base}' has no '{config}'{nearest(config, cls.builder_configs)}")
+    return cls(config=config or None, data_dir=data_dir)
 
 
 def _stock_builder(name: str, data_dir: str) -> DatasetBuilder:
     base, _, config = name.partition("/")
     listed = tensorflow_datasets.list_builders(with_community_datasets=False)
-    if base not in listed:
-        _import_stock(base)
+    reason = "" if base in listed else _import_stock(base)
     try:
         return tensorflow_datasets.builder(name, data_dir=data_dir)
+    except ImportError as error:
+        raise UserError(f"dataset '{name}' cannot be opened here: {_cause(error)}") from error
     except tensorflow_datasets.core.DatasetNotFoundError:
+        if reason:
+            raise UserError(f"dataset '{name}' cannot be opened here: {reason}") from None
         known = [*_own_names(), *listed, *_stock_modules()]
         raise UserError(f"no dataset '{name}'{nearest(base, known)}") from None
     except ValueError as error:
@@ -235,17 +238,24 @@ def _stock_builder(name: str, data_dir: str) -> DatasetBuilder:
         raise UserError(f"dataset '{base}' has no '{config}'{nearest(config, configs)}") from None
 
 
-def _import_stock(name: str) -> None:
-    """Imports the module of a dataset of TFDS.
+def _import_stock(name: str) -> str:
+    """Imports the module of a dataset of TFDS; returns why not, if it cannot.
 
     TFDS imports its modules by the package, which stops at the first one that needs TensorFlow; most need it not.
     """
     module = _stock_modules().get(name)
-    if module:
-        try:
+    try:
+        if module:
             importlib.import_module(module)
-        except ImportError as error:
-            logging.info("TFDS's '%s' cannot be prepared here: %s", name, error)
+    except ImportError as error:
+        return _cause(error)
+    return ""
+
+
+def _cause(error: ImportError) -> str:
+    """Returns which module there is not; TFDS surrounds that with advice."""
+    found = re.search(r"No module named '[\w.]+'", str(error))
+    return found[0] if found else " ".join(str(error).split())[:200]
 
 
 def _stock_modules() -> dict[str, str]:

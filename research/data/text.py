@@ -1,11 +1,19 @@
 """What is done to one text example on its way into a batch."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError, nearest
+
+
+def text_of(example: Mapping[str, Any], field: str) -> str:
+    """Returns the text in a field of an example."""
+    if not isinstance(example.get(field), str):
+        raise UserError(f"an example has no text '{field}'{nearest(field, example)}")
+    return example[field]
 
 
 class Tokenize:
@@ -27,10 +35,8 @@ class Tokenize:
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         """Returns the example with the three features."""
-        for field in self.fields:
-            if not isinstance(example.get(field), str):
-                raise UserError(f"an example has no text '{field}'{nearest(field, example)}")
-        encoding = self._backend.encode(*(example[field] for field in self.fields))
+        texts = [text_of(example, field) for field in self.fields]
+        encoding = self._backend.encode(texts[0], texts[1] if len(texts) == 2 else None)
         return example | {
             "input_ids": np.asarray(encoding.ids, np.int32),
             "attention_mask": np.asarray(encoding.attention_mask, np.int32),

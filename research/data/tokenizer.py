@@ -1,31 +1,141 @@
-"""Text to token ids, by Hugging Face's `tokenizers`."""
+"""Text to token ids and back, by Hugging Face's `tokenizers`: loaded, trained on the user's text, or bytes."""
 
+import collections
 import dataclasses
+import functools
 import json
 import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import jax
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from research import assets
-from research.errors import UserError
+from research.data.dataset import Source
+from research.errors import UserError, nearest
+from research.pretrained import gguf
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+)
+# What special tokens are called where a folder does not say; bos and eos as decoders need them, also of encoders'.
+WELL_KNOWN = {
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]"),
+    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
+    "unk": ("[UNK]", "<unk>"),
+    "sep": ("[SEP]",),
+    "cls": ("[CLS]",),
+    "mask": ("[MASK]", "<mask>"),
+}
+KINDS = ("bpe", "wordpiece", "unigram")
+ALPHABET = 1000  # the most characters that a WordPiece vocabulary begins with, as in BERT's; the others are unknown
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A tokenizer and what models need to know of it.
 
     Attributes:
       backend: the `tokenizers.Tokenizer`, without padding.
       pad_id: the id that fills a batch up.
-      folder: where its files came from, for export; None where it was made here.
+      folder: the folder whose tokenizer.json it was loaded from, for export; None where it was made here.
+      specials: role (bos, eos, unk, sep, cls, mask) -> token, for the roles that it has.
+      chat_template: Jinja, as Transformers has them; None where the tokenizer came without.
     """
 
     backend: tokenizers.Tokenizer
     pad_id: int
     folder: pathlib.Path | None = None
+    specials: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    chat_template: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text."""
+        return self._id("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text."""
+        return self._id("eos")
+
+    @property
+    def unk_id(self) -> int | None:
+        """The id of what the vocabulary lacks."""
+        return self._id("unk")
+
+    @property
+    def sep_id(self) -> int | None:
+        """The id that ends each text of a pair, for encoders."""
+        return self._id("sep")
+
+    @property
+    def cls_id(self) -> int | None:
+        """The id that begins an encoder's input."""
+        return self._id("cls")
+
+    @property
+    def mask_id(self) -> int | None:
+        """The id that hides a token."""
+        return self._id("mask")
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all tokens that are no text."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(id for id, token in added.items() if token.special) | {self.pad_id}
+
+    @functools.cached_property
+    def sentinels(self) -> tuple[int, ...]:
+        """The ids of <extra_id_0>, <extra_id_1>, ..., which stand for what span corruption takes out."""
+        found: list[int] = []
+        while (id := self.backend.token_to_id(f"<extra_id_{len(found)}>")) is not None:
+            found.append(id)
+        return tuple(found)
+
+    def _id(self, role: str) -> int | None:
+        return self.backend.token_to_id(self.specials[role]) if role in self.specials else None
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
+        """Returns the text of ids; those beyond the vocabulary are left out."""
+        return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+        """Returns a conversation as the text that a model reads.
+
+        Args:
+          messages: in order, each with a "role" (system, user, assistant) and its "content".
+          add_generation_prompt: whether to end where the assistant's answer begins.
+
+        Raises:
+          UserError: the template does not take these messages.
+        """
+        specials = {**self.specials, "pad": self.backend.id_to_token(self.pad_id)}
+        tokens = {f"{role}_token": token for role, token in specials.items()}
+        try:
+            return _compiled(self.chat_template or CHATML).render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
+            )
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise UserError(f"the chat template: {' '.join(str(error).split())}") from error
 
     def truncated(self, max_length: int) -> "Tokenizer":
         """Returns one whose encodings hold at most `max_length` tokens; the longer text of a pair is cut first."""
@@ -34,13 +144,29 @@ class Tokenizer:
         return dataclasses.replace(self, backend=backend)
 
     def save(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        """Returns the files that `transformers` loads the tokenizer from; those it was not loaded from are written."""
-        if self.folder is not None and (self.folder / "tokenizer.json").exists():
-            return [self.folder / name for name in FILES if (self.folder / name).exists()]
-        self.backend.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.backend.id_to_token(self.pad_id)}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        return [folder / "tokenizer.json", folder / "tokenizer_config.json"]
+        """Writes the files that `transformers`, and `load`, read the tokenizer from, and returns them.
+
+        They are copies where it was loaded from such files, but that the padding token is always named.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        settings: dict[str, Any] = {}
+        if self.folder is not None:
+            for name in FILES:
+                if (self.folder / name).exists():
+                    shutil.copyfile(self.folder / name, folder / name)
+            settings = _json(folder / "tokenizer_config.json")
+            named = _named(settings, _json(folder / "special_tokens_map.json"))
+        else:
+            self.backend.save(str(folder / "tokenizer.json"))
+            named = {f"{role}_token": token for role, token in self.specials.items()}
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+            if self.chat_template is not None:
+                settings["chat_template"] = self.chat_template
+        if "pad_token" not in named:
+            settings["pad_token"] = self.backend.id_to_token(self.pad_id)
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        return [folder / name for name in FILES if (folder / name).exists()]
 
 
 def load(path: str) -> Tokenizer:
@@ -48,49 +174,374 @@ def load(path: str) -> Tokenizer:
 
     Args:
       path: anything that `assets.resolve` takes: the folder, or its tokenizer.json. A folder with a vocab.txt alone
-        gets BERT's WordPiece tokenizer.
+        gets BERT's WordPiece tokenizer, one with vocab.json and merges.txt GPT-2's, or RoBERTa's if it has a <mask>.
     """
-    file = assets.resolve(path)
+    return read(assets.resolve(path))
+
+
+def read(file: pathlib.Path) -> Tokenizer:
+    """Loads the tokenizer of a local folder, or of a GGUF file; see `load`."""
+    if gguf.is_file(file):
+        return Tokenizer(**gguf.tokenizer(file)._asdict())
     folder = file if file.is_dir() else file.parent
     file = file if file.is_file() else folder / "tokenizer.json"
     settings = _json(folder / "tokenizer_config.json")
+    named = _named(settings, _json(folder / "special_tokens_map.json"))
     if file.exists():
-        backend = tokenizers.Tokenizer.from_file(str(file))
-        backend.no_padding()
-        backend.no_truncation()
+        backend = _from_json(file)
     elif (folder / "vocab.txt").exists():
         lowercase = bool(settings.get("do_lower_case", True))
-        wordpiece = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lowercase)
-        backend = wordpiece._tokenizer
+        backend = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lowercase)._tokenizer
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        backend = _from_merges(folder, settings, named)
     else:
-        raise UserError(f"no tokenizer.json and no vocab.txt in {folder}")
-    return Tokenizer(backend, _pad_id(backend, settings, _json(folder / "config.json")), folder)
+        raise UserError(f"no tokenizer.json, no vocab.txt, and no vocab.json with merges.txt in {folder}")
+    specials = _specials(backend, named)
+    pad_id = _pad_id(backend, named, specials, _json(folder / "config.json"))
+    whole = folder if file == folder / "tokenizer.json" and file.exists() else None
+    return Tokenizer(backend, pad_id, whole, specials, _chat_template(folder, settings))
 
 
-def byte_level() -> Tokenizer:
-    """Returns a tokenizer that needs no files: one token a byte of UTF-8, framed as BERT frames its texts."""
+def byte_level(sentinels: int = 0) -> Tokenizer:
+    """Returns a tokenizer that needs no files: one token a byte of UTF-8, framed as BERT frames its texts.
+
+    Args:
+      sentinels: how many tokens <extra_id_0>, ... span corruption gets, after the 260 others.
+    """
     specials = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {token: i for i, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.add_special_tokens(specials)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Words make no difference to the ids; whole-word masking asks for them.
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
+    backend.post_processor = _bert_frame(backend)
+    _add_sentinels(backend, sentinels)
+    roles = {"bos": "[CLS]", "eos": "[SEP]", "sep": "[SEP]", "cls": "[CLS]", "mask": "[MASK]"}
+    return Tokenizer(backend, vocabulary["[PAD]"], specials=roles)
+
+
+def train(
+    source: Source,
+    kind: str = "bpe",
+    vocab_size: int = 8192,
+    field: str | tuple[str, ...] = "text",
+    lowercase: bool = False,
+    special_tokens: tuple[str, ...] = (),
+    sentinels: int = 0,
+    byte_fallback: bool = False,
+    max_examples: int | None = None,
+) -> Tokenizer:
+    """Trains a tokenizer on text; the same text gives the same tokenizer.
+
+    bpe is byte-level BPE as GPT-2 has it (Radford et al. 2019, 2.2), with <|endoftext|> for begin, end and padding.
+    wordpiece is BERT's (Devlin et al. 2018, 3), with [PAD], [UNK], [CLS], [SEP] and [MASK]: [CLS] text [SEP].
+    unigram is T5's and Marian's (Kudo 2018, 3.2), with <pad>, </s> and <unk>: text </s>.
+
+    Args:
+      source: the examples; all are read.
+      kind: bpe, wordpiece or unigram.
+      vocab_size: how many tokens it has, all special ones included; fewer where the text does not give as many.
+      field: the text of an example, or its texts.
+      lowercase: whether case is dropped; for wordpiece accents too, as in BERT.
+      special_tokens: more of them, such as <|im_start|>; they come after those of the kind.
+      sentinels: how many tokens <extra_id_0>, ... span corruption gets; they come last, the first one very last.
+      byte_fallback: unigram only: characters that the text lacks become bytes, <0x00> to <0xFF>, and not <unk>.
+      max_examples: how many examples are read, evenly spaced; None reads all.
+
+    Raises:
+      UserError: no such kind or field, no text, or a vocabulary too small for the text's characters.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind: there is no '{kind}'{nearest(kind, KINDS)}")
+    if byte_fallback and kind != "unigram":
+        raise UserError("byte_fallback: only unigram takes it; bpe is made of bytes, and wordpiece has [UNK]")
+    fields = (field,) if isinstance(field, str) else field
+    texts = _Texts(source, fields, max_examples)
+    size = vocab_size - sentinels
+    about = f"training a {kind} tokenizer on {len(texts):,} examples"
+    start = time.monotonic()
+    _tell(f"{about} ...")
+    if kind == "bpe":
+        trained = _train_bpe(texts, size, lowercase, special_tokens)
+    elif kind == "wordpiece":
+        trained = _train_wordpiece(texts, size, lowercase, special_tokens)
+    else:
+        trained = _train_unigram(texts, size, lowercase, special_tokens, byte_fallback)
+    _add_sentinels(trained.backend, sentinels)
+    _tell(f"{about}: {trained.vocab_size:,} tokens, {time.monotonic() - start:.1f} s")
+    return trained
+
+
+class _Texts:
+    """The texts of a source, as often as they are asked for.
+
+    Attributes:
+      characters: how often each one occurred in what was read last.
+    """
+
+    def __init__(self, source: Source, fields: tuple[str, ...], max_examples: int | None):
+        if len(source) == 0 or not fields:
+            raise UserError("source: there is no text to train a tokenizer on")
+        if max_examples is not None and max_examples < 1:
+            raise UserError(f"max_examples: {max_examples} is less than 1")
+        count = min(len(source), max_examples or len(source))
+        self._source, self._fields = source, fields
+        self._indices = np.linspace(0, len(source) - 1, count).astype(int)
+        self.characters: collections.Counter[str] = collections.Counter()
+        list(self._of(0))  # a field that is not there is found before the work begins
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[str]:
+        self.characters.clear()
+        for index in self._indices:
+            for text in self._of(int(index)):
+                self.characters.update(text)
+                yield text
+
+    def _of(self, index: int) -> Iterator[str]:
+        example = self._source[index]
+        for field in self._fields:
+            if not isinstance(example.get(field), str):
+                raise UserError(f"field: an example has no text '{field}'{nearest(field, example)}")
+            yield example[field]
+
+    def alphabet(self, normalizer: normalizers.Normalizer) -> collections.Counter[str]:
+        """Returns how often each character occurred once normalised."""
+        found: collections.Counter[str] = collections.Counter()
+        for character, count in self.characters.items():
+            for normal in normalizer.normalize_str(character):
+                if not normal.isspace():
+                    found[normal] += count
+        return found
+
+
+def _train_bpe(texts: _Texts, vocab_size: int, lowercase: bool, special_tokens: tuple[str, ...]) -> Tokenizer:
+    specials = ["<|endoftext|>", *special_tokens]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    _check_size(vocab_size, len(specials) + len(alphabet), "special tokens and bytes")
+    backend = tokenizers.Tokenizer(models.BPE())
+    if lowercase:
+        backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=specials,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    roles = {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}
+    return Tokenizer(backend, backend.get_vocab()["<|endoftext|>"], specials=roles)
+
+
+def _train_wordpiece(texts: _Texts, vocab_size: int, lowercase: bool, special_tokens: tuple[str, ...]) -> Tokenizer:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *special_tokens]
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+
+    def fit(size: int, first: Sequence[str], **options: Any) -> dict[str, int]:
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size, min_frequency=2, special_tokens=[*first], show_progress=False, **options
+        )
+        backend.train_from_iterator(texts, trainer)
+        return backend.get_vocab()
+
+    # The trainer numbers the characters inside words as its hash table gives them, which breaks ties between merges;
+    # it numbers special tokens as they are listed. So it is told its alphabet, sorted, as if that were special.
+    occurring = fit(0, specials).keys() - set(specials)
+    counts = texts.alphabet(backend.normalizer)
+    kept = sorted(sorted(counts), key=lambda c: counts[c], reverse=True)[:ALPHABET]
+    alphabet = [piece for piece in sorted(occurring) if piece.removeprefix("##" * (len(piece) == 3)) in kept]
+    _check_size(vocab_size, len(specials) + len(alphabet), "special tokens and characters")
+    backend.model = models.WordPiece(unk_token="[UNK]")
+    vocabulary = fit(vocab_size, [*specials, *alphabet], initial_alphabet=kept, limit_alphabet=len(kept))
+
+    trained = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    trained.decoder = backend.decoder
+    trained.add_special_tokens(specials)
+    trained.post_processor = _bert_frame(trained)
+    roles = {role: f"[{role.upper()}]" for role in ("unk", "sep", "cls", "mask")}
+    return Tokenizer(trained, vocabulary["[PAD]"], specials=roles | {"bos": "[CLS]", "eos": "[SEP]"})
+
+
+def _train_unigram(
+    texts: _Texts, vocab_size: int, lowercase: bool, special_tokens: tuple[str, ...], byte_fallback: bool
+) -> Tokenizer:
+    specials = ["<pad>", "</s>", "<unk>", *special_tokens]
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
+    backend = tokenizers.Tokenizer(models.Unigram())
+    steps = [normalizers.Nmt(), normalizers.NFKC(), *[normalizers.Lowercase()] * lowercase]
+    spaces = [normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip()]
+    backend.normalizer = normalizers.Sequence([*steps, *spaces])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size - len(fallback), special_tokens=specials, unk_token="<unk>", show_progress=False
+    )
+    error = None
+    try:
+        backend.train_from_iterator(texts, trainer)
+    except UserError:
+        raise
+    except Exception as raised:  # the trainer has no class of its own for a vocabulary that is too small
+        error = raised
+    # Where there is room for the characters only, the trainer gives every piece that it has: one more is needed.
+    least = len(texts.alphabet(normalizers.Sequence(steps)).keys() | {"▁"}) + 1 + len(specials) + len(fallback)
+    _check_size(vocab_size, least, "special tokens and characters")
+    if error is not None:
+        raise error
+    _check_size(vocab_size, backend.get_vocab_size() + len(fallback), "special tokens and characters")
+    pieces = _canonical(json.loads(backend.to_str())["model"]["vocab"], len(specials))
+    pieces[len(specials) : len(specials)] = [(token, pieces[-1][1] - 10) for token in fallback]
+    backend.model = models.Unigram(pieces, unk_id=specials.index("<unk>"), byte_fallback=byte_fallback)
+    metaspace = decoders.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), metaspace]) if byte_fallback else metaspace
     backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", specials.index("</s>"))]
+    )
+    return Tokenizer(backend, specials.index("<pad>"), specials={"eos": "</s>", "unk": "<unk>"})
+
+
+def _canonical(pieces: Sequence[tuple[str, float]], specials: int) -> list[tuple[str, float]]:
+    """Returns a unigram vocabulary without what its trainer's hash tables decided.
+
+    The sums behind the scores differ in the tenth digit. Characters that no text needs get the least score plus 0,
+    0.0001, 0.0002, ... in any order; here each of them gets the least score.
+    """
+    least = min(score for _, score in pieces[specials:])
+
+    def score(piece: str, value: float) -> float:
+        rank = (value - least) / 1e-4
+        rare = len(piece) == 1 and rank < len(pieces) and abs(rank - round(rank)) < 1e-5
+        return round(least if rare else value, 3)
+
+    rest = [(piece, score(piece, value)) for piece, value in pieces[specials:]]
+    first = [(piece, value) for piece, value in pieces[:specials]]
+    return first + sorted(rest, key=lambda entry: (-entry[1], entry[0]))
+
+
+def _check_size(vocab_size: int, least: int, what: str) -> None:
+    if vocab_size < least:
+        raise UserError(f"vocab_size: {vocab_size} tokens, without sentinels, are too few; {least} {what} are needed")
+
+
+def _tell(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _add_sentinels(backend: tokenizers.Tokenizer, count: int) -> None:
+    backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(count))])
+
+
+def _bert_frame(backend: tokenizers.Tokenizer) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+        special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
-    return Tokenizer(backend, vocabulary["[PAD]"])
 
 
-def _pad_id(backend: tokenizers.Tokenizer, settings: dict, model: dict) -> int:
-    token = settings.get("pad_token") or "[PAD]"
-    token = token["content"] if isinstance(token, dict) else token
-    for candidate in (token, "[PAD]", "<pad>"):
-        if (found := backend.token_to_id(candidate)) is not None:
-            return found
-    return int(model.get("pad_token_id") or 0)
+def _from_json(file: pathlib.Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library has no class of its own
+        raise UserError(f"{file} is no tokenizer: {' '.join(str(error).split())[:200]}") from error
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
 
-def _json(path: pathlib.Path) -> dict:
+def _from_merges(folder: pathlib.Path, settings: Mapping[str, Any], named: Mapping[str, str]) -> tokenizers.Tokenizer:
+    """Returns GPT-2's tokenizer, or RoBERTa's, which frames its texts."""
+    prefix_space = bool(settings.get("add_prefix_space", False))
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    specials = _specials(backend, named)
+    known = {*specials.values(), named.get("pad_token", "<pad>")} & backend.get_vocab().keys()
+    backend.add_special_tokens([tokenizers.AddedToken(t, lstrip=t == "<mask>", special=True) for t in sorted(known)])
+    if "cls" in specials and "sep" in specials:
+        sep, cls = ((specials[role], backend.get_vocab()[specials[role]]) for role in ("sep", "cls"))
+        backend.post_processor = processors.RobertaProcessing(sep, cls, add_prefix_space=prefix_space)
+    return backend
+
+
+def _named(*files: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what tokenizer_config.json and special_tokens_map.json call the special tokens; the first one decides."""
+    found: dict[str, str] = {}
+    for file in files:
+        for name in (*(f"{role}_token" for role in WELL_KNOWN), "pad_token"):
+            if token := file.get(name):
+                found.setdefault(name, token["content"] if isinstance(token, dict) else token)
+    return found
+
+
+def _specials(backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> dict[str, str]:
+    """Returns role -> token; a folder that names one of bos and eos means to have no other one."""
+    vocabulary = backend.get_vocab()
+    guesses = dict(WELL_KNOWN)
+    if "<mask>" in vocabulary:  # RoBERTa's frame
+        guesses |= {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>")}
+    if named.keys() & {"bos_token", "eos_token"}:
+        guesses |= {"bos": (), "eos": ()}
+    candidates = {role: (named[f"{role}_token"],) if f"{role}_token" in named else guesses[role] for role in guesses}
+    first = {role: next((t for t in tokens if t in vocabulary), None) for role, tokens in candidates.items()}
+    return {role: token for role, token in first.items() if token is not None}
+
+
+def _pad_id(
+    backend: tokenizers.Tokenizer, named: Mapping[str, str], specials: Mapping[str, str], model: Mapping[str, Any]
+) -> int:
+    vocabulary = backend.get_vocab()
+    for candidate in (named.get("pad_token", ""), "[PAD]", "<pad>"):
+        if candidate in vocabulary:
+            return vocabulary[candidate]
+    if model.get("pad_token_id") is not None:
+        return int(model["pad_token_id"])
+    return vocabulary[specials["eos"]] if "eos" in specials else 0
+
+
+def _chat_template(folder: pathlib.Path, settings: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+class _Generation(jinja2.ext.Extension):
+    """Transformers' {% generation %}, which marks what the assistant said; here it is what it holds."""
+
+    tags: set[str] = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.lru_cache
+def _compiled(template: str) -> jinja2.Template:
+    """Compiles a chat template for the environment that Transformers gives them; it cannot reach anything else."""
+    extensions = [_Generation, jinja2.ext.loopcontrols]
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    return environment.from_string(template)
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -581,7 +581,12 @@ def stack(
       unroll: how many blocks the compiler sees at once; the parameters' layout stays.
       remat: recompute activations in the backward pass instead of keeping them.
       **context: passed to every block.
+
+    Where the parameters come as {"0": those of the first block, ...} the blocks are applied one by one, and their
+    caches are kept alike. Decoding does so: a scan copies every layer's weights for every token.
     """
+    if block.has_variable("params", "0"):
+        return _one_by_one(block, num_layers, x, context)
 
     def step(block: nn.Module, x: jax.Array, context: dict[str, Any]) -> tuple[jax.Array, None]:
         return block(x, **context), None
@@ -595,3 +600,14 @@ def stack(
         unroll=min(unroll, num_layers),
     )
     return scan(block, x, context)[0]
+
+
+def _one_by_one(block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any]) -> jax.Array:
+    alone, held = block.clone(parent=None), block.variables
+    mutable = ["cache"] if block.is_mutable_collection("cache") else []
+    for name in map(str, range(num_layers)):
+        variables = {collection: every[name] for collection, every in held.items() if name in every}
+        x, changed = alone.apply(variables, x, mutable=mutable, **context)
+        for collection, value in changed.items():
+            block.put_variable(collection, name, value)
+    return x

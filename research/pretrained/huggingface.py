@@ -1,6 +1,7 @@
 """Import from and export to Hugging Face folders: config.json, weights, tokenizer files.
 
-Nothing here knows a family: `bert.py` and its like declare the names (see `family.py`).
+Nothing here knows a family: `bert.py` and its like declare the names (see `family.py`). A GGUF file is read as the
+folder that it was made from.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import numpy as np
 import research.pretrained
 from research import assets
 from research.errors import UserError, nearest
-from research.pretrained import weight_files
+from research.pretrained import gguf, weight_files
 from research.pretrained.family import Family, Kind, Tensor, override
 from research.pretrained.torch_zip import Stored
 
@@ -63,7 +64,7 @@ def token_classifier(path: str, num_outputs: int | None = None, **overrides: Any
 
 
 def load_model(path: str, kind: str, **fields: Any) -> nn.Module:
-    """Returns the model of that kind that a folder's config.json describes, with `fields` replaced."""
+    """Returns the model of that kind that a folder's config.json, or a GGUF file, describes, with `fields` replaced."""
     config = _read_config(assets.resolve(path))
     family = _family(config)
     family.check(config)
@@ -85,7 +86,7 @@ def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: boo
     """Reads a folder's weights into the layout of `model.init`.
 
     Args:
-      path: a Hugging Face folder, in any form that `assets.resolve` takes.
+      path: a Hugging Face folder or a GGUF file, in any form that `assets.resolve` takes.
       model: the model that the weights are for.
       params_shape: its parameters as a tree of `jax.ShapeDtypeStruct`.
       new_head: leave the checkpoint's task head unread and begin a new one.
@@ -116,6 +117,7 @@ def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: boo
         dropped = []
         _check_head(path, config, kind, tensors, shapes, stored)
     arrays, new, unused = _assign(path, tensors, family.leftovers(), shapes, stored)
+    _check_copies(path, family, stored, unused)
     tree = _unflatten(_flatten(params_shape) | arrays)
     return tree, Report(tuple(new), tuple(sorted([*dropped, *unused])))
 
@@ -183,6 +185,8 @@ def save(
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    if gguf.is_file(folder):
+        return gguf.config(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
     return weight_files.read_json(folder / "config.json")
@@ -355,6 +359,14 @@ def _check_complete(
     found = [f"{_some(names)} {problem}" for problem, names in problems.items() if names]
     if found:
         raise UserError(f"the weights in {path} do not fit the model: {'; '.join(found)}")
+
+
+def _check_copies(path: str, family: Family, stored: Mapping[str, Stored], unused: Sequence[str]) -> None:
+    """Raises UserError if a tensor is left unread that is no copy of the one that stands in for it."""
+    for name in set(unused) & set(family.copies):
+        other = family.copies[name]
+        if not np.array_equal(stored[name].read(), stored[other].read()):
+            raise UserError(f"{path} holds a {name} other than {other}, though its config.json says that they are tied")
 
 
 def _some(names: Sequence[str]) -> str:

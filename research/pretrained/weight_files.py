@@ -1,4 +1,4 @@
-"""Weights files of a Hugging Face folder: safetensors and `pytorch_model.bin`, single or sharded."""
+"""Weights files of a Hugging Face folder: safetensors and `pytorch_model.bin`, single or sharded; or one GGUF file."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from research.errors import UserError
-from research.pretrained import torch_zip
+from research.pretrained import gguf, torch_zip
 from research.pretrained.torch_zip import Stored
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
@@ -23,6 +23,8 @@ def read(folder: pathlib.Path) -> dict[str, Stored]:
     Raises:
       UserError: there is neither, or a shard that the index names is missing, or a file is damaged.
     """
+    if gguf.is_file(folder):
+        return gguf.tensors(folder)
     for name, read_file in ((_SAFE, _read_safetensors), (_TORCH, torch_zip.read)):
         if (folder / name).is_file():
             return read_file(folder / name)

@@ -56,6 +56,50 @@ def test_nested_text_is_decoded(tmp_path):
     assert squad["answers"]["answer_start"].dtype == np.int32
 
 
+STOCK = {
+    "wikipedia/20230601.en": ("title", "text"),
+    "c4/en": ("text", "url"),
+    "lm1b": ("text",),
+    "squad/v2.0": ("id", "title", "context", "question"),
+    "wmt14_translate/de-en": ("de", "en"),
+    "cnn_dailymail": ("article", "highlights"),
+    "xsum": ("document", "summary"),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_sets_of_language(name, tmp_path):
+    with tensorflow_datasets.testing.mock_data(num_examples=2):
+        read = source.tfds(name, "train", data_dir=str(tmp_path))
+        assert len(read) == 2
+        example = read[1]
+    assert all(type(example[feature]) is str for feature in STOCK[name])
+
+
+def test_stock_sequences_of_classes(tmp_path):
+    with tensorflow_datasets.testing.mock_data(num_examples=2):
+        read = source.tfds("conll2003", "validation", data_dir=str(tmp_path))
+        example = read[0]
+    people, organisations, places, others = ([f"{b}-{kind}" for b in "BI"] for kind in ("PER", "ORG", "LOC", "MISC"))
+    assert read.label_names["ner"] == ("O", *people, *organisations, *places, *others)
+    assert all(type(token) is str for token in example["tokens"])
+    assert example["ner"].dtype.kind == "i"
+    assert np.ndim(example["ner"]) == 1
+
+
+def test_stock_sets_whose_code_needs_what_is_not_there(tmp_path, monkeypatch):
+    def missing(name, **kwargs):
+        raise ModuleNotFoundError(f"Failed to construct dataset {name}: No module named 'tensorflow'\nInstall it")
+
+    monkeypatch.setattr(tensorflow_datasets, "builder", missing)
+    with pytest.raises(UserError, match=r"^dataset 'squad' cannot be opened here: No module named 'tensorflow'$"):
+        source.tfds("squad", data_dir=str(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(source, "_stock_modules", lambda: {"deeper": "no_such_package.deeper"})
+    with pytest.raises(UserError, match=r"^dataset 'deeper' cannot be opened here: No module named 'no_such_package'$"):
+        source.tfds("deeper", data_dir=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

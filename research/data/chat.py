@@ -1,0 +1,108 @@
+"""Conversations as the examples of a causal language model that learns the answers only."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.data.tokenizer import Tokenizer
+from research.errors import UserError, nearest
+
+
+class Messages:
+    """Makes a conversation of an example's fields, by templates such as "Translate into German: {source}"."""
+
+    def __init__(self, user: str, assistant: str = "", system: str = ""):
+        """Takes what each role says; a role that says nothing is left out, and an assistant that is, is asked."""
+        self._templates = {"system": system, "user": user, "assistant": assistant}
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Returns the example with the field `messages`."""
+        try:
+            said = {role: template.format_map(example) for role, template in self._templates.items() if template}
+        except KeyError as error:
+            raise UserError(f"an example has no field {error}{nearest(str(error.args[0]), example)}") from None
+        return example | {"messages": [{"role": role, "content": content} for role, content in said.items()]}
+
+
+class ChatTokens:
+    """Instruction tuning: the loss is on what the assistant says (Touvron et al. 2023, Llama 2, 3.1).
+
+    A conversation is rendered with the tokenizer's chat template, else in ChatML. Makes `input_ids`, `targets`
+    (targets[t] is the token after input_ids[t]), int32 [T], `target_mask`, float32 [T], 1 where the target is of an
+    answer or is the token that ends it, and `attention_mask`. Returns a list: the example, or nothing where the first
+    `max_length` tokens hold no answer. A conversation without any answer is a question: it gets `input_ids` and
+    `attention_mask` alone, up to where the answer begins, and keeps its end where it is too long.
+
+    Attributes:
+      max_length: conversations are cut after as many tokens.
+      padding: what fills each feature up.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, messages: str = "messages", max_length: int = 1024):
+        """Reads the field `messages`: a list of {"role": "user", "content": "Hello"}."""
+        if max_length < 1:
+            raise UserError(f"max_length: {max_length} is less than 1")
+        self.messages, self.max_length = messages, max_length
+        pad = tokenizer.pad_id
+        self.padding = {"input_ids": pad, "targets": pad, "target_mask": 0, "attention_mask": 0}
+        self._tokenizer = tokenizer
+
+    def __call__(self, example: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns the example with its features, or nothing."""
+        messages = _messages(example, self.messages)
+        if all(message["role"] != "assistant" for message in messages):
+            return [example | self._question(messages)]
+        text, answers = answer_spans(self._tokenizer, messages)
+        encoding = self._tokenizer.backend.encode(text, add_special_tokens=False)
+        tokens = np.array(encoding.ids[: self.max_length + 1], np.int32)
+        begin, end = np.array(encoding.offsets[: self.max_length + 1], np.int64).reshape(-1, 2).T
+        learnt = np.zeros(len(tokens), bool)
+        for first, last in answers:
+            learnt |= (end > first) & (begin < last)
+        if not learnt[1:].any():
+            return []
+        made = {"input_ids": tokens[:-1], "targets": tokens[1:], "target_mask": learnt[1:].astype(np.float32)}
+        return [example | made | {"attention_mask": np.ones(len(tokens) - 1, np.int32)}]
+
+    def _question(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        text = self._tokenizer.chat(messages, add_generation_prompt=True)
+        ids = self._tokenizer.backend.encode(text, add_special_tokens=False).ids[-self.max_length :]
+        return {"input_ids": np.array(ids, np.int32), "attention_mask": np.ones(len(ids), np.int32)}
+
+
+def answer_spans(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """Renders a conversation.
+
+    Returns:
+      the text, and where in it, in characters, each answer begins and ends, with what marks its end.
+
+    Raises:
+      UserError: the template renders a turn in another way when more follow, so that answers cannot be found.
+    """
+    text = tokenizer.chat(messages)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, whole = tokenizer.chat(messages[:i], add_generation_prompt=True), tokenizer.chat(messages[: i + 1])
+        if not (text.startswith(whole) and whole.startswith(before)):
+            raise UserError(
+                f"the chat template renders turn {i + 1} in another way when it is asked for than when it is read"
+            )
+        answer = whole[len(before) :]
+        marked = answer.rstrip()  # the line break after <|im_end|> is the template's
+        if marked.endswith(message["content"].rstrip()):  # nothing else marks the end
+            marked = answer
+        spans.append((len(before), len(before) + len(marked)))
+    return text, spans
+
+
+def _messages(example: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
+    if field not in example:
+        raise UserError(f"an example has no messages '{field}'{nearest(field, example)}")
+    messages = example[field]
+    for message in messages if isinstance(messages, Sequence | np.ndarray) and len(messages) else [None]:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f"'{field}' is no list of messages that have a role and a content, both text")
+    return list(messages)

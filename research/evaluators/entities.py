@@ -1,0 +1,84 @@
+"""Named entities scored as CoNLL-2003 does: an entity is right if its kind and all its words are."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from research.data.dataset import Dataset
+from research.evaluators import batches
+from research.evaluators.numbered import numbered
+from research.metrics import Mean, merge
+from research.task import Batch, Params
+from research.tasks.token_classification import TokenClassification, spans
+
+
+@dataclasses.dataclass(frozen=True)
+class Entities:
+    """Labels every word of a dataset and scores the entities that the labels describe.
+
+    Words beyond the `max_length` of the data's op count as outside of all entities, so that nothing is left out.
+
+    Attributes:
+      task: its `label_names` are those of the data.
+      mesh: to run on.
+      data: what to evaluate on; one of its ops is `AlignLabels`.
+      labels: the field of the words' right labels, class numbers.
+    """
+
+    task: TokenClassification
+    mesh: Mesh
+    data: Dataset
+    labels: str = "ner"
+
+    def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Returns "loss" and "accuracy" of words, and "precision", "recall", "f1" and "f1_KIND" of entities."""
+        data, means = numbered(self.data), []
+        right, predicted = [], []
+        for mean, batch in batches.run(self._batch, params, data, self.mesh, check):
+            means.append(mean)
+            for i in np.flatnonzero(batch["mask"]):
+                example = data.source[int(batch["example"][i])]
+                (row,) = data.transform(example)
+                right.append([self.task.label_names[int(label)] for label in example[self.labels]])
+                predicted.append(self.task.word_labels(row, {"label": batch["label"][i]}))
+        return {"loss": float(merge(means)["loss"].compute())} | score(right, predicted)
+
+    def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, Mean], dict[str, jax.Array]]:
+        label = self.task.predict(params, batch, jax.random.key(0))["label"]
+        return self.task.metrics(params, batch), {"label": label, "example": batch["example"], "mask": batch["mask"]}
+
+
+def score(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Scores the labels of sentences.
+
+    Args:
+      right: label names such as "B-PER", a list a sentence.
+      predicted: as many.
+
+    Returns:
+      "accuracy" of labels; "precision", "recall" and "f1" over all entities, and "f1_KIND" of each kind that is there;
+      0 where there is nothing to divide by.
+    """
+    counts: dict[str, collections.Counter] = {name: collections.Counter() for name in ("right", "predicted", "common")}
+    for labels, others in zip(right, predicted, strict=True):
+        true, found = set(spans(labels)), set(spans(others))
+        for name, kept in (("right", true), ("predicted", found), ("common", true & found)):
+            counts[name].update(kind for kind, *_ in kept)
+    agreed = [a == b for labels, others in zip(right, predicted) for a, b in zip(labels, others, strict=True)]
+    common, found_all, true_all = (counts[name].total() for name in ("common", "predicted", "right"))
+    result = {
+        "accuracy": float(np.mean(agreed)) if agreed else 0.0,
+        "precision": common / max(found_all, 1),
+        "recall": common / max(true_all, 1),
+        "f1": _f1(common, found_all, true_all),
+    }
+    kinds = sorted(counts["right"] | counts["predicted"])
+    return result | {f"f1_{k}": _f1(counts["common"][k], counts["predicted"][k], counts["right"][k]) for k in kinds}
+
+
+def _f1(common: int, predicted: int, right: int) -> float:
+    return 2 * common / (predicted + right) if common else 0.0

@@ -1,0 +1,35 @@
+"""A task's own metrics as means over a dataset."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from research.data.dataset import Dataset
+from research.evaluators import batches
+from research.metrics import merge
+from research.task import Params, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Means:
+    """Evaluates `task.metrics` on every example of a dataset, each once.
+
+    Attributes:
+      task: what is evaluated.
+      mesh: to run on.
+      data: what to evaluate on.
+      perplexity: whether exp(loss) is reported too: for language models, whose loss is in nats a token.
+    """
+
+    task: Task
+    mesh: Mesh
+    data: Dataset
+    perplexity: bool = False
+
+    def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Returns metric -> mean."""
+        sums = merge(batches.run(self.task.metrics, params, self.data, self.mesh, check))
+        means = {name: float(mean.compute()) for name, mean in sums.items()}
+        return means | ({"perplexity": math.exp(min(means["loss"], 700.0))} if self.perplexity else {})

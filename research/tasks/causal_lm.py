@@ -1,0 +1,80 @@
+"""Causal language modelling: predict each token from those before it; pretraining and instruction tuning alike."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.data.tokenizer import Tokenizer
+from research.decoding import Decoding, generate
+from research.metrics import Mean
+from research.task import Batch, Params, Spec
+from research.tasks import tokens
+
+INPUTS = ("input_ids", "attention_mask", "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+    """A model of (input_ids, attention_mask, positions) -> hidden states -> logits [B, T, V], and its cross-entropy.
+
+    The batch holds "targets", the token after each, and "target_mask", which of them count: all in pretraining, the
+    answers in instruction tuning.
+
+    Attributes:
+      model: the Linen module, with methods `hidden` and `logits`; see `models.gpt`.
+      logits_chunk: positions whose logits exist at once; 0 for all. Long rows of a large vocabulary need it.
+      tokenizer: to put outputs in words.
+      decoding: how `predict` goes on with a text.
+    """
+
+    model: nn.Module
+    logits_chunk: int = 0
+    tokenizer: Tokenizer | None = None
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
+
+    def init(self, rng: jax.Array, spec: Spec) -> Params:
+        """Returns new float32 parameters; raises UserError if a feature is missing or rows are too long."""
+        learned = getattr(self.model, "positions", None) == "learned"
+        tokens.check(spec, ("input_ids", "targets", "target_mask"), self.model.max_positions if learned else None)
+        return tokens.init(self.model, rng, spec, INPUTS)
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
+        """Returns the mean cross-entropy over the targets, in nats, with dropout, and the share predicted right."""
+        means = self._score(params, batch, {"dropout": rng})
+        return means["loss"], {"accuracy": means["accuracy"]}
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
+        """Returns "loss", "accuracy" and, where the batch has "target_bytes", "bits_per_byte"."""
+        return self._score(params, batch, {})
+
+    def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Returns the "log_likelihood" of each row's targets, in nats, and how many there are, "targets".
+
+        Of a batch without targets, questions, it returns the "tokens" int32 [B, N] that go on; padding follows the end.
+        """
+        if "targets" not in batch:
+            return {"tokens": generate(self.model, params, batch, self.decoding, self.tokenizer, rng)}
+        hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, {})
+        logits_BxTxV = tokens.logits(self.model, params, hidden_BxTxD)
+        losses_BxT, _ = tokens.token_losses(logits_BxTxV, batch["targets"])
+        weights_BxT = batch["target_mask"]
+        return {
+            "log_likelihood": -jnp.where(weights_BxT != 0, losses_BxT * weights_BxT, 0.0).sum(axis=1),
+            "targets": weights_BxT.sum(axis=1),
+        }
+
+    def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Returns one text's log-likelihood, in nats, its number of tokens and its perplexity; or what goes on."""
+        if "tokens" in output:
+            return {"prediction": tokens.text(self.tokenizer, output["tokens"].tolist())}
+        likelihood, count = float(output["log_likelihood"]), float(output["targets"])
+        perplexity = float(np.exp(-likelihood / count)) if count else None
+        return {"log_likelihood": likelihood, "tokens": int(count), "perplexity": perplexity}
+
+    def _score(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> dict[str, Mean]:
+        hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, rngs)
+        return tokens.score(self.model, params, hidden_BxTxD, batch, chunk=self.logits_chunk)

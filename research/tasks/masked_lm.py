@@ -1,0 +1,74 @@
+"""Masked language modelling: predict the tokens that were hidden in a text (Devlin 2018, section 3.1)."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from research.data.tokenizer import Tokenizer
+from research.metrics import Mean
+from research.task import Batch, Params, Spec
+from research.tasks import tokens
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLM:
+    """A model of (input_ids, attention_mask, token_type_ids, positions) -> hidden states -> logits [B, T, V].
+
+    The batch holds "targets", the original tokens, and "target_mask", which of them were chosen to be predicted.
+
+    Attributes:
+      model: the Linen module, with methods `hidden` and `logits`; see `models.bert.MaskedLM`.
+      max_predictions: chosen tokens of a row that count, at most; logits are computed for no others, which saves most
+        of the output layer's work. None counts all, and computes logits everywhere.
+      tokenizer: to put predictions in words.
+    """
+
+    model: nn.Module
+    max_predictions: int | None = None
+    tokenizer: Tokenizer | None = None
+
+    def init(self, rng: jax.Array, spec: Spec) -> Params:
+        """Returns new float32 parameters; raises UserError if a feature is missing or rows are too long."""
+        encoder = getattr(self.model, "encoder", None)
+        offset = getattr(encoder, "position_offset", None)
+        most = getattr(encoder, "max_positions", None)
+        most = most and most - (0 if offset is None else offset + 1)
+        tokens.check(spec, ("input_ids", "targets", "target_mask"), most)
+        return tokens.init(self.model, rng, spec, INPUTS)
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
+        """Returns the mean cross-entropy over the chosen tokens, in nats, with dropout, and the share that is right."""
+        means = self._score(params, batch, {"dropout": rng})
+        return means["loss"], {"accuracy": means["accuracy"]}
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
+        """Returns "loss" and "accuracy"."""
+        return self._score(params, batch, {})
+
+    def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Returns the five likeliest tokens everywhere, "tokens" int [B, T, 5], and their "probabilities".
+
+        "chosen" [B, T] says where one was asked for.
+        """
+        del rng  # nothing is drawn
+        hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, {})
+        logits_BxTxV = tokens.logits(self.model, params, hidden_BxTxD)
+        probabilities, ids = jax.lax.top_k(jax.nn.softmax(logits_BxTxV), 5)
+        return {"tokens": ids, "probabilities": probabilities, "chosen": batch["target_mask"]}
+
+    def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Returns for each chosen place of one text the likeliest tokens and their probabilities."""
+        masks = []
+        for place in np.flatnonzero(output["chosen"]):
+            words = [tokens.text(self.tokenizer, [int(i)]) for i in output["tokens"][place]]
+            masks.append(dict(zip(words, map(float, output["probabilities"][place]))))
+        return {"masks": masks}
+
+    def _score(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> dict[str, Mean]:
+        hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, rngs)
+        return tokens.score(self.model, params, hidden_BxTxD, batch, most=self.max_predictions)

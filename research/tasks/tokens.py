@@ -1,0 +1,123 @@
+"""What objectives that predict tokens share: their loss, computed without all logits at once, and their checks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.errors import UserError, nearest
+from research.metrics import Mean
+from research.task import Batch, Params, Spec
+
+
+def init(model: nn.Module, rng: jax.Array, spec: Spec, inputs: Sequence[str]) -> Params:
+    """Returns new float32 parameters of a model that is called with these features, None for those not in `spec`."""
+    zeros = [jnp.zeros((1, *spec[name].shape[1:]), spec[name].dtype) if name in spec else None for name in inputs]
+    return model.init(rng, *zeros)["params"]
+
+
+def check(spec: Spec, needed: Sequence[str], most: int | None = None) -> None:
+    """Raises UserError if a feature is missing, or if "input_ids" are longer than `most`, the model's positions."""
+    for name in needed:
+        if name not in spec:
+            raise UserError(f"config.data.features: '{name}' is missing{nearest(name, spec)}")
+    length = spec["input_ids"].shape[1]
+    if most is not None and length > most:
+        raise UserError(
+            f"config.data: rows of {length} tokens are longer than the {most} that the model has positions for"
+        )
+
+
+def hidden(
+    model: nn.Module, params: Params, batch: Batch, inputs: Sequence[str], rngs: dict[str, jax.Array]
+) -> jax.Array:
+    """Returns the hidden states [B, T, D] of a batch; the `inputs` that it lacks are None."""
+    return jnp.asarray(
+        model.apply({"params": params}, *[batch.get(name) for name in inputs], rngs=rngs, method="hidden")
+    )
+
+
+def logits(model: nn.Module, params: Params, hidden: jax.Array) -> jax.Array:
+    """Returns the logits float32 [..., V] of hidden states [..., D]."""
+    return jnp.asarray(model.apply({"params": params}, hidden, method="logits"))
+
+
+def score(
+    model: nn.Module,
+    params: Params,
+    hidden_BxTxD: jax.Array,
+    batch: Batch,
+    label_smoothing: float = 0.0,
+    chunk: int = 0,
+    most: int | None = None,
+) -> dict[str, Mean]:
+    """Returns the means over the targets that count: "loss", in nats, and "accuracy"; "bits_per_byte" where known.
+
+    Args:
+      model: its method `logits` maps [..., D] to [..., V].
+      params: of the model.
+      hidden_BxTxD: what it is applied to.
+      batch: "targets" int [B, T], "target_mask" [B, T], "mask" [B], and perhaps "target_bytes" [B, T].
+      label_smoothing: share of the probability spread evenly over the vocabulary (Szegedy 2016).
+      chunk: positions whose logits exist at once, in the backward pass too, where they are computed again; 0 for all.
+      most: compute logits for that many positions of a row only, the first that count; None for all.
+    """
+    weights_BxT = batch["target_mask"] * batch["mask"][:, None]
+    targets_BxT = batch["targets"]
+    if most is not None and most < targets_BxT.shape[1]:
+        _, chosen_BxN = jax.lax.top_k(weights_BxT, most)
+        weights_BxT, targets_BxT = (jnp.take_along_axis(x, chosen_BxN, 1) for x in (weights_BxT, targets_BxT))
+        hidden_BxTxD = jnp.take_along_axis(hidden_BxTxD, chosen_BxN[..., None], 1)
+
+    def sums(params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+        logits_BxTxV = logits(model, params, hidden)
+        losses, correct = token_losses(logits_BxTxV, targets, label_smoothing)
+        plain = token_losses(logits_BxTxV, targets)[0] if label_smoothing else losses
+        return tuple(jnp.where(weights != 0, x * weights, 0.0).sum() for x in (losses, plain, correct))
+
+    loss, plain, correct = _in_chunks(sums, chunk, params, hidden_BxTxD, targets_BxT, weights_BxT)
+    count = weights_BxT.sum()
+    means = {"loss": Mean(loss, count), "accuracy": Mean(correct, count)}
+    if "target_bytes" in batch:
+        bytes_ = (batch["target_bytes"] * weights_BxT).sum()
+        means["bits_per_byte"] = Mean(plain / jnp.log(2.0), bytes_)
+    return means
+
+
+def token_losses(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Returns the cross-entropy of logits [..., V] with targets int [...], and whether the target is the likeliest."""
+    # The largest logit is compared with the target's, as an argmax over a vocabulary is slow on CPUs.
+    largest = jax.lax.stop_gradient(logits.max(axis=-1))
+    normaliser = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(axis=-1))
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    expected = (
+        (1 - label_smoothing) * of_target + label_smoothing * logits.mean(axis=-1) if label_smoothing else of_target
+    )
+    return normaliser - expected, (of_target >= largest).astype(jnp.float32)
+
+
+def _in_chunks(
+    sums: Callable[..., tuple[jax.Array, ...]], chunk: int, params: Params, *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Adds up `sums` over chunks of the arrays' second axis, each computed anew in the backward pass."""
+    length = arrays[0].shape[1]
+    if not chunk or chunk >= length:
+        return sums(params, *arrays)
+    count = -(-length // chunk)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def step(totals: tuple[jax.Array, ...], part: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+        return tuple(map(jnp.add, totals, jax.checkpoint(sums, prevent_cse=False)(params, *part))), None
+
+    zeros = tuple(jnp.zeros((), jnp.float32) for _ in range(3))
+    return jax.lax.scan(step, zeros, tuple(map(split, arrays)))[0]
+
+
+def text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Returns the text of generated ids, or the ids as they are written where there is no tokenizer."""
+    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)

@@ -1,0 +1,117 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from research.data import chat, tokenizer
+from research.data.chat import ChatTokens
+from research.data.source import examples
+from research.errors import UserError
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello there, naïve 映画?"},
+    {"role": "assistant", "content": "  Héllo. 🎬\nYes "},
+    {"role": "user", "content": "More"},
+    {"role": "assistant", "content": "More."},
+]
+TEMPLATES = {
+    "marked": "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.role }}:{{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}",
+    "unmarked": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+}
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    source = examples([{"text": f"{message['content']} user assistant system"} for message in MESSAGES * 4])
+    return tokenizer.train(source, "bpe", 320, special_tokens=("<|im_start|>", "<|im_end|>"))
+
+
+def answers(tokens, made):
+    """Returns what the loss is on, a text for each run of targets."""
+    learnt = made["target_mask"] == 1
+    starts = np.flatnonzero(np.diff(learnt, prepend=False) & learnt)
+    ends = np.flatnonzero(np.diff(learnt, append=False) & learnt)
+    return [tokens.decode(made["targets"][a : b + 1], skip_special=False) for a, b in zip(starts, ends)]
+
+
+def test_the_loss_is_on_the_answers_and_their_ends(tokens):
+    (made,) = ChatTokens(tokens)({"messages": MESSAGES, "id": 1})
+    assert answers(tokens, made) == ["  Héllo. 🎬\nYes <|im_end|>", "More.<|im_end|>"]
+    text = tokens.decode([*made["input_ids"][:1], *made["targets"]], skip_special=False)
+    assert text == tokens.chat(MESSAGES)
+    np.testing.assert_array_equal(made["input_ids"][1:], made["targets"][:-1])
+    assert made["id"] == 1
+    assert made["attention_mask"].tolist() == [1] * len(made["targets"])
+    dtypes = {name: made[name].dtype for name in ("input_ids", "targets", "target_mask", "attention_mask")}
+    assert dtypes == {"input_ids": "int32", "targets": "int32", "target_mask": "float32", "attention_mask": "int32"}
+
+
+def test_without_special_tokens():
+    tokens = tokenizer.byte_level()
+    (made,) = ChatTokens(tokens)({"messages": MESSAGES})
+    assert answers(tokens, made) == ["  Héllo. 🎬\nYes <|im_end|>", "More.<|im_end|>"]
+
+
+def test_other_templates(tokens):
+    marked = dataclasses.replace(tokens, chat_template=TEMPLATES["marked"])
+    (made,) = ChatTokens(marked)({"messages": MESSAGES})
+    assert answers(tokens, made) == ["  Héllo. 🎬\nYes <|endoftext|>", "More.<|endoftext|>"]
+    # Nothing but the line break ends an answer; the space before it belongs to the first token of some tokenizers.
+    unmarked = dataclasses.replace(tokens, chat_template=TEMPLATES["unmarked"])
+    (made,) = ChatTokens(unmarked)({"messages": MESSAGES})
+    assert [text.strip(" ") for text in answers(tokens, made)] == ["Héllo. 🎬\nYes \n", "More.\n"]
+
+
+def test_long_conversations_are_cut(tokens):
+    (whole,) = ChatTokens(tokens)({"messages": MESSAGES})
+    first = int(np.flatnonzero(whole["target_mask"])[0])
+    for length in (first + 1, first + 3, len(whole["targets"]), 9999):
+        op = ChatTokens(tokens, max_length=length)
+        (made,) = op({"messages": MESSAGES})
+        for name in op.padding:
+            np.testing.assert_array_equal(made[name], whole[name][:length])
+    assert ChatTokens(tokens, max_length=first)({"messages": MESSAGES}) == []
+    assert ChatTokens(tokens)({"messages": MESSAGES[:2]}) == []
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"message": MESSAGES}, "an example has no messages 'messages'; did you mean 'message'?"),
+        ({"messages": "hello"}, "'messages' is no list of messages that have a role and a content, both text"),
+        ({"messages": []}, "'messages' is no list of messages"),
+        ({"messages": [{"role": "user"}]}, "'messages' is no list of messages"),
+    ],
+)
+def test_mistakes(example, message, tokens):
+    with pytest.raises(UserError) as error:
+        ChatTokens(tokens)(example)
+    assert str(error.value).startswith(message)
+
+
+def test_a_template_that_forgets(tokens):
+    """As one does that drops the reasoning of all answers but the last one."""
+    forgets = "{% for m in messages %}{{ m.content if loop.last else '-' }}|{% endfor %}"
+    with pytest.raises(UserError, match="the chat template renders turn 3 in another way"):
+        chat.answer_spans(dataclasses.replace(tokens, chat_template=forgets), MESSAGES)
+    with pytest.raises(UserError, match="max_length: 0 is less than 1"):
+        ChatTokens(tokens, max_length=0)
+
+
+@pytest.mark.peers
+def test_transformers_marks_the_same(tokens, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    own = dataclasses.replace(tokens, chat_template=TEMPLATES["marked"])
+    own.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        MESSAGES, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (made,) = ChatTokens(own)({"messages": MESSAGES})
+    assert made["targets"].tolist() == theirs["input_ids"][1:]
+    assert made["target_mask"].tolist() == theirs["assistant_masks"][1:]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == TEMPLATES["marked"]

@@ -1,0 +1,188 @@
+"""Logits and exported folders of decoders against Transformers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from research.pretrained import huggingface
+
+pytestmark = pytest.mark.peers
+
+TOLERANCE = 5e-5  # of the largest logit
+VOCAB = 101
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "intermediate_size": 52,
+    "max_position_embeddings": 47,
+    "rms_norm_eps": 1e-3,
+    "pad_token_id": 0,
+}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 36,
+    "n_layer": 3,
+    "n_head": 3,
+    "n_positions": 47,
+    "layer_norm_epsilon": 1e-3,
+    "bos_token_id": 3,
+    "eos_token_id": 4,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CASES = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2 untied, narrow": ("GPT2", GPT2 | {"n_inner": 21, "tie_word_embeddings": False}),
+    "gpt2 relu": ("GPT2", GPT2 | {"activation_function": "relu", "layer_norm_epsilon": 1e-6}),
+    "llama": ("Llama", LLAMA | {"num_key_value_heads": 2}),
+    "llama all heads, tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "hidden_act": "gelu"}),
+    "llama one group, biases": (
+        "Llama",
+        LLAMA | {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-6},
+    ),
+    "llama wide heads": ("Llama", LLAMA | {"num_key_value_heads": 3, "head_dim": 10, "rope_theta": 321.0}),
+    "llama linear": (
+        "Llama",
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}},
+    ),
+    "llama llama3": ("Llama", LLAMA | {"head_dim": 16, "rope_parameters": LLAMA3}),
+    "mistral": ("Mistral", LLAMA | {"num_key_value_heads": 2, "sliding_window": 5}),
+    "mistral full": ("Mistral", LLAMA | {"num_key_value_heads": 6, "sliding_window": None, "head_dim": 4}),
+    "qwen2": ("Qwen2", LLAMA | {"num_key_value_heads": 2}),
+    "qwen2 sliding, tied": (
+        "Qwen2",
+        LLAMA
+        | {"num_key_value_heads": 6, "tie_word_embeddings": True}
+        | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    ),
+    "qwen3": ("Qwen3", LLAMA | {"num_key_value_heads": 2, "head_dim": 14}),
+    "qwen3 biases, sliding": (
+        "Qwen3",
+        LLAMA
+        | {"num_key_value_heads": 1, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}
+        | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    ),
+    "gemma": ("Gemma", LLAMA | {"num_key_value_heads": 1, "head_dim": 8}),
+    "gemma untied, biases": (
+        "Gemma",
+        LLAMA
+        | {"num_key_value_heads": 6, "head_dim": 6, "attention_bias": True}
+        | {"tie_word_embeddings": False, "hidden_act": "silu"},
+    ),
+}
+
+
+def peer(name, noise=0.3):
+    """Returns a Transformers model whose every parameter is far from its initial value."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    prefix, config = CASES[name]
+    torch.manual_seed(0)
+    head = "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
+    config = getattr(transformers, f"{prefix}Config")(**config)
+    model = getattr(transformers, prefix + head)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model
+
+
+def batch(size=7, length=23):
+    """Returns rows with padding at the end (even ones) or at the beginning (odd ones)."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(4, length, (size, 1))
+    counts[0] = length
+    mask = np.arange(length) < counts
+    mask[1::2] = mask[1::2, ::-1]
+    ids = np.where(mask, rng.integers(5, VOCAB, (size, length)), 0)
+    return {"input_ids": ids.astype(np.int32), "attention_mask": mask.astype(np.int32)}
+
+
+def peer_logits(model, arrays):
+    torch = pytest.importorskip("torch")
+    positions = np.maximum(np.cumsum(arrays["attention_mask"], axis=1) - 1, 0)
+    inputs = {name: torch.tensor(array).long() for name, array in (arrays | {"position_ids": positions}).items()}
+    with torch.no_grad():
+        return model(**inputs).logits.float().numpy()
+
+
+def load(path):
+    model = huggingface.load_model(str(path), "causal_lm")
+    shapes = jax.eval_shape(lambda key: model.init(key, np.zeros((1, 4), np.int32))["params"], jax.random.key(0))
+    return model, *huggingface.load_params(str(path), model, shapes)
+
+
+def our_logits(model, params, arrays):
+    call = jax.jit(lambda params, ids, mask: model.apply({"params": params}, ids, mask))
+    return np.asarray(call(params, arrays["input_ids"], arrays["attention_mask"]))
+
+
+def assert_close(ours, theirs, arrays, what):
+    real = arrays["attention_mask"].astype(bool)
+    error = np.abs(ours - theirs)[real].max() / np.abs(theirs[real]).max()
+    print(f"PARITY {what}: {error:.2e} of the largest logit")
+    assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_both_ways(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    reference = peer(name)
+    reference.save_pretrained(tmp_path / "theirs")
+    model, params, report = load(tmp_path / "theirs")
+    assert report == huggingface.Report((), ())
+    arrays = batch()
+    ours = our_logits(model, params, arrays)
+    assert_close(ours, peer_logits(reference, arrays), arrays, name)
+
+    ids = {"bos_token_id": 3, "eos_token_id": 4, "pad_token_id": 0}
+    huggingface.save(tmp_path / "ours", model, params, config=ids, max_shard_bytes=40_000)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id, loaded.config.pad_token_id) == (3, 4, 0)
+    assert_close(ours, peer_logits(loaded.eval(), arrays), arrays, f"{name}, exported")
+
+
+@pytest.mark.parametrize("name", ["llama linear", "llama llama3"])
+def test_rotary_positions_as_transformers_4_wrote_them(name, tmp_path):
+    reference = peer(name)
+    reference.save_pretrained(tmp_path)
+    want = load(tmp_path)[0]
+    config = json.loads((tmp_path / "config.json").read_text())
+    parameters = config.pop("rope_parameters")
+    config |= {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path)[0] == want
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_files_of_the_model_without_its_head(name, tmp_path):
+    reference = peer(name)
+    reference.base_model.save_pretrained(tmp_path)
+    _, params, report = load(tmp_path)
+    assert report.new == (() if name == "gpt2" else ("head/kernel",))
+    loaded = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, np.ndarray)]
+    assert sum(leaf.size for leaf in loaded) == sum(p.numel() for p in reference.base_model.parameters())
+
+
+def test_the_tolerance_tells_an_epsilon_and_a_base_from_another(tmp_path):
+    reference = peer("llama")
+    reference.save_pretrained(tmp_path)
+    arrays = batch()
+    theirs = peer_logits(reference, arrays)
+    text = (tmp_path / "config.json").read_text()
+    for change in ({"rms_norm_eps": 1.1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10100.0}}):
+        (tmp_path / "config.json").write_text(json.dumps(json.loads(text) | change))
+        model, params, _ = load(tmp_path)
+        error = np.abs(our_logits(model, params, arrays) - theirs)[arrays["attention_mask"] > 0].max()
+        assert error > TOLERANCE * np.abs(theirs).max()
