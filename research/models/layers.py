@@ -347,10 +347,22 @@ class RelativeBias(nn.Module):
             base, distances = jnp.where(distances > 0, buckets, 0), jnp.abs(distances)
         else:
             distances = jnp.maximum(-distances, 0)
+        return base + jnp.asarray(self._table(buckets))[jnp.minimum(distances, self.max_distance)]
+
+    def _table(self, buckets: int) -> list[int]:
+        """Returns the bucket of every distance up to the greatest.
+
+        Some lie on the edge of a bucket, so that precision and the order of the operations matter.
+        """
         exact = buckets // 2
-        growth = jnp.log(jnp.maximum(distances, 1) / exact) / math.log(self.max_distance / exact)
-        far = exact + (growth * (buckets - exact)).astype(jnp.int32)
-        return base + jnp.where(distances < exact, distances, jnp.minimum(far, buckets - 1))
+        if not 0 < exact < self.max_distance:
+            raise UserError(
+                f"{self.num_buckets} relative buckets do not fit a greatest distance of {self.max_distance}"
+            )
+        ratio = math.log(self.max_distance / exact)
+        distances = range(exact, self.max_distance + 1)
+        far = [exact + int(math.log(distance / exact) / ratio * (buckets - exact)) for distance in distances]
+        return [*range(exact), *(min(bucket, buckets - 1) for bucket in far)]
 
 
 class CacheIndex(nn.Module):
