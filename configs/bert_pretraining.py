@@ -1,14 +1,14 @@
 """Pretrains BERT by masked language modelling (Devlin 2018, section 3.1; masks drawn anew each time, as in Liu 2019).
 
-  base (the default), large   Wikipedia, 512 tokens, batches of 256, 1,000,000 steps at 1e-4: BERT's recipe but for its
-                second corpus, which is no longer published, its first 900,000 steps on 128 tokens, and next-sentence
-                prediction, which does not help (Liu 2019, table 2). Not run here: 130 billion tokens at 6 x 110 million
-                (340 million) operations are 0.9e20 (2.7e20) floating-point operations: 3 (9) days of 8 TPU v3 chips at
-                35 % of their peak of 123e12 a second. Published: GLUE with what comes of it, see configs/glue.py.
-  jane_austen   a small BERT, 4 layers of 256, on Jane Austen's six novels, with its own 4,096 word pieces: 2 CPU cores,
-                a quarter of an hour. configs/small_bert_snippets.py fine-tunes it. Expected: see
-                experiments/pretraining_pays.
-  tiny          needs neither network nor files and takes seconds.
+base (the default), large   Wikipedia, 512 tokens, batches of 256, 1,000,000 steps at 1e-4: BERT's recipe but for its
+              second corpus, which is no longer published, its first 900,000 steps on 128 tokens, and next-sentence
+              prediction, which does not help (Liu 2019, table 2). Not run here: 130 billion tokens at 6 x 110 million
+              (340 million) operations are 0.9e20 (2.7e20) floating-point operations: 3 (9) days of 8 TPU v3 chips at
+              35 % of their peak of 123e12 a second. Published: GLUE with what comes of it, see configs/glue.py.
+jane_austen   a small BERT, 4 layers of 256, on Jane Austen's six novels, with its own 4,096 word pieces: 2 CPU cores,
+              a quarter of an hour. configs/small_bert_snippets.py fine-tunes it. Expected: see
+              experiments/pretraining_pays.
+tiny          needs neither network nor files and takes seconds.
 """
 
 from ml_collections import ConfigDict
