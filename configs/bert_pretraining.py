@@ -66,16 +66,15 @@ def jane_austen(config: ConfigDict) -> ConfigDict:
         lowercase=True,
     )
     config.task.max_predictions = 22
-    config.task.model.encoder.update(SMALL)
+    config.task.model.encoder.update(
+        hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, max_positions=128, unroll=4
+    )
     config.data = data("jane_austen", "train", max_length=128)
     config.evals.validation.data = data("jane_austen", "validation", max_length=128)
     config.optimizer.update(learning_rate=1e-3, warmup=100)
     config.checkpoint.every_steps = 250
     config.log = dict(every_steps=25, evaluate_every_steps=250)
     return config
-
-
-SMALL = dict(hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, max_positions=128, unroll=4)
 
 
 def tiny(config: ConfigDict) -> ConfigDict:

@@ -4,8 +4,8 @@ Data: 20,775 pairs of paragraphs of 4 to 60 words to train, 1,315 to validate, 1
 vocabulary of 6,000 pieces for both languages is trained first. BLEU and chrF are sacreBLEU's, with beam search of 4 and
 length penalty 0.6 (Vaswani 2017, section 6.1).
 
-  the default     the original Transformer (Vaswani 2017), reduced to 3 + 3 layers of 256, 8.0 million parameters, with its
-                  label smoothing of 0.1 and inverse-square-root schedule
+  the default     the original Transformer (Vaswani 2017), reduced to 3 + 3 layers of 256, with its label smoothing of
+                  0.1 and inverse-square-root schedule
   t5              T5 (Raffel 2019), as large, from scratch
   t5_pretraining  T5 on span corruption of both sides of the same training pairs, each text by itself
   t5_pretrained   T5 from what t5_pretraining left in runs/libreoffice/t5_pretraining (--config.init.path is another)

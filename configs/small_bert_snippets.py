@@ -12,10 +12,9 @@ Expected: see experiments/pretraining_pays. Hardware: 2 CPU cores, 2 minutes.
 
 from ml_collections import ConfigDict
 
-from configs.bert_pretraining import SMALL, jane_austen
-from configs.bert_pretraining import get_config as pretraining
-from configs.movie_snippets import LABELS, data
 from research.variants import choose, tiny_text_data, tiny_text_model
+
+LABELS = ("negative", "positive")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -23,12 +22,26 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0
     config.batch_size = 32
     config.num_epochs = 4.0
-    config.tokenizer = jane_austen(pretraining()).tokenizer
+    config.tokenizer = dict(  # that of configs/bert_pretraining.py:jane_austen
+        call="research.data.tokenizer.train",
+        source=dict(call="research.data.source.tfds", dataset="jane_austen", split="train"),
+        kind="wordpiece",
+        vocab_size=4096,
+        lowercase=True,
+    )
     config.task = dict(
         call="research.tasks.classification.Classification",
         model=dict(
             call="research.models.bert.SequenceClassifier",
-            encoder=dict(call="research.models.bert.Encoder", **SMALL),
+            encoder=dict(
+                call="research.models.bert.Encoder",
+                hidden_size=256,
+                num_layers=4,
+                num_heads=4,
+                intermediate_size=1024,
+                max_positions=128,
+                unroll=4,
+            ),
             num_outputs=2,
         ),
     )
@@ -41,6 +54,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint = dict(every_steps=300, keep=2)
     config.log = dict(every_steps=25, evaluate_every_steps=297)
     return choose(variant, VARIANTS, config)
+
+
+def data(split: str, length_buckets: int) -> dict:
+    return dict(
+        call="research.data.dataset.Dataset",
+        source=dict(call="research.data.source.tfds", dataset="movie_snippets", split=split),
+        ops=[dict(call="research.data.text.Tokenize", fields=["text"], max_length=64)],
+        features=["input_ids", "attention_mask", "token_type_ids", "label"],
+        length_buckets=length_buckets,
+    )
 
 
 def scratch(config: ConfigDict) -> ConfigDict:

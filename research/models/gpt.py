@@ -46,7 +46,8 @@ class Decoder(nn.Module):
       dropout: after the embeddings and before each residual sum.
       attention_dropout: on the attention weights.
       initializer_range: standard deviation of the initial kernels and tables; of those that end in a residual sum it
-        is divided by sqrt(2 layers) (Radford 2019, section 2.3).
+        is divided by sqrt(2 layers) (Radford 2019, section 2.3). Where it is None, that which keeps the variance of
+        what goes through at 1: 1 of tables, 1 / sqrt(inputs) of kernels.
       dtype: what matrix products are computed in; parameters stay float32.
       unroll: layers that the compiler sees at once.
       remat: recompute activations in the backward pass.
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
     embedding_scale: float = 1.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    initializer_range: float = 0.02
+    initializer_range: float | None = 0.02
     dtype: str = "float32"
     unroll: int = 1
     remat: bool = False
@@ -85,10 +86,16 @@ class Decoder(nn.Module):
         """Makes the embeddings, a block, the last norm and the output layer."""
         if self.positions not in POSITIONS:
             raise UserError(f"unknown positions '{self.positions}'{nearest(self.positions, POSITIONS)}")
-        dtype, kernel_init = jnp.dtype(self.dtype), nn.initializers.normal(self.initializer_range)
-        out_init = nn.initializers.normal(self.initializer_range / math.sqrt(2 * self.num_layers))
+        dtype, residuals = jnp.dtype(self.dtype), 2 * self.num_layers
+        if self.initializer_range is None:
+            scaled = nn.initializers.variance_scaling
+            kernel_init, out_init = (scaled(scale, "fan_in", "normal") for scale in (1.0, 1.0 / residuals))
+            table_init = nn.initializers.normal(1.0 / self.embedding_scale)
+        else:
+            kernel_init = table_init = nn.initializers.normal(self.initializer_range)
+            out_init = nn.initializers.normal(self.initializer_range / math.sqrt(residuals))
         norm = functools.partial(layers.norm(self.norm), self.norm_epsilon, dtype=dtype)
-        table = functools.partial(layers.Embedding, features=self.hidden_size, dtype=dtype, embedding_init=kernel_init)
+        table = functools.partial(layers.Embedding, features=self.hidden_size, dtype=dtype, embedding_init=table_init)
         shared: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "out_init": out_init}
         self.word = table(self.vocab_size)
         if self.positions == "learned":

@@ -48,6 +48,21 @@ def encoder_tensors(prefix: str) -> list[family.Tensor]:
     ]
 
 
+def prediction_tensors(head: str, dense: str, norm: str) -> list[family.Tensor]:
+    """The names of a masked language model's head, as BERT and RoBERTa have it.
+
+    The bias stands there twice where the output layer has weights of its own, and the second one counts.
+    """
+    own = "head_output/kernel"
+    return [
+        *family.linear("head_dense", f"{head}.{dense}", part="head"),
+        *family.norm("head_norm", f"{head}.{norm}", part="head"),
+        family.Tensor(("head_bias",), f"{head}.bias", part="head"),
+        family.Tensor((own,), f"{head}.decoder.weight", family.TRANSPOSED, part="head"),
+        family.Tensor(("head_bias",), f"{head}.decoder.bias", part="head", beside=own),
+    ]
+
+
 FAMILY = Family(
     prefix="bert.",
     kinds={
@@ -57,13 +72,39 @@ FAMILY = Family(
             parts={"encoder": bert.Encoder},
             keys=ENCODER_KEYS | {"head_dropout": HEAD_DROPOUT},
             constants={"position_offset": None, "head_activation": "tanh", "head_input_dropout": 0.0},
-        )
+            tensors=[
+                *family.linear("head_dense", "bert.pooler.dense", part="pooler"),
+                *family.linear("head_output", "classifier", part="head"),
+            ],
+        ),
+        "masked_lm": Kind(
+            architecture="BertForMaskedLM",
+            model=bert.MaskedLM,
+            parts={"encoder": bert.Encoder},
+            keys=ENCODER_KEYS
+            | {"head_activation": Key("hidden_act", "gelu"), "tie_embeddings": Key("tie_word_embeddings", True)},
+            constants={"position_offset": None},
+            tensors=prediction_tensors("cls.predictions", "transform.dense", "transform.LayerNorm"),
+            same_head=["BertForPreTraining"],
+        ),
+        "question_answerer": Kind(
+            architecture="BertForQuestionAnswering",
+            model=bert.QuestionAnswerer,
+            parts={"encoder": bert.Encoder},
+            keys=ENCODER_KEYS,
+            constants={"position_offset": None, "num_outputs": 2},
+            tensors=family.linear("head_output", "qa_outputs", part="head"),
+        ),
+        "token_classifier": Kind(
+            architecture="BertForTokenClassification",
+            model=bert.TokenClassifier,
+            parts={"encoder": bert.Encoder},
+            keys=ENCODER_KEYS | {"head_dropout": HEAD_DROPOUT},
+            constants={"position_offset": None},
+            tensors=family.linear("head_output", "classifier", part="head"),
+        ),
     },
-    tensors=[
-        *encoder_tensors("bert."),
-        *family.linear("head_dense", "bert.pooler.dense", part="pooler"),
-        *family.linear("head_output", "classifier", part="head"),
-    ],
+    tensors=encoder_tensors("bert."),
     only=ONLY,
-    unused=[r"bert\.embeddings\.(position_ids|token_type_ids)", r"cls\..*", r"qa_outputs\..*"],
+    unused=[r"bert\.embeddings\.(position_ids|token_type_ids)", r"cls\.seq_relationship\..*"],
 )

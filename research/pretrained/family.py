@@ -6,7 +6,8 @@ weights file. Adding a family adds one file.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -73,6 +74,10 @@ class Kind:
       keys: our fields that config.json holds.
       constants: our fields that the family fixes.
       complete: returns the fields of a model with those written out that its class derives where they are None.
+      more: returns keys of config.json that several fields make together, or that Transformers needs besides.
+      defaults: keys of config.json for generation, where `huggingface.save` is not given them.
+      tensors: the lines of the table of names that are this kind's alone, such as those of its head.
+      same_head: Transformers' names of other classes whose files hold the same head.
     """
 
     architecture: str
@@ -81,6 +86,10 @@ class Kind:
     keys: Mapping[str, Key | Computed]
     constants: Mapping[str, Any]
     complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda fields: fields
+    more: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda fields: {}
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tensors: Sequence["Tensor"] = ()
+    same_head: Sequence[str] = ()
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the fields of the model that `config` describes."""
@@ -94,6 +103,7 @@ class Kind:
         config: dict[str, Any] = {}
         for field, key in self.keys.items():
             config |= key.write(fields[field])
+        config |= self.more(fields)
         for field, value in self.read(config).items():
             if fields[field] != value and field not in self.overridable():
                 raise UserError(f"{self.architecture} needs {field}={value!r}, the model has {fields[field]!r}")
@@ -154,12 +164,28 @@ class Tensor:
       layout: how the arrays correspond.
       part: "" for what every checkpoint must hold. Tensors of one other part may be absent together and are then new;
         the part "head" belongs to the task that the checkpoint was trained for.
+      beside: a path of ours without which the line does not hold.
+      unless: a path of ours with which the line does not hold.
+      instead: the name of the tensor that is read where the file lacks `theirs`.
     """
 
     ours: tuple[str, ...]
     theirs: str
     layout: Layout = SAME
     part: str = ""
+    beside: str = ""
+    unless: str = ""
+    instead: str = ""
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression of the names that `theirs` stands for."""
+        return re.escape(self.theirs).replace(r"\{\}", r"\d+")
+
+    def holds(self, paths: Container[str]) -> bool:
+        """Says whether the line is about a model of parameters at these paths."""
+        needed = (*self.ours, self.beside) if self.beside else self.ours
+        return all(path in paths for path in needed) and not (self.unless and self.unless in paths)
 
 
 def linear(ours: str, theirs: str, part: str = "") -> list[Tensor]:
@@ -170,9 +196,12 @@ def linear(ours: str, theirs: str, part: str = "") -> list[Tensor]:
     ]
 
 
-def norm(ours: str, theirs: str) -> list[Tensor]:
+def norm(ours: str, theirs: str, part: str = "") -> list[Tensor]:
     """A layer normalisation."""
-    return [Tensor((f"{ours}/scale",), f"{theirs}.weight"), Tensor((f"{ours}/bias",), f"{theirs}.bias")]
+    return [
+        Tensor((f"{ours}/scale",), f"{theirs}.weight", part=part),
+        Tensor((f"{ours}/bias",), f"{theirs}.bias", part=part),
+    ]
 
 
 def embedding(ours: str, theirs: str) -> list[Tensor]:
@@ -187,9 +216,9 @@ class Family:
     Attributes:
       prefix: what the names of the encoder's tensors begin with where the file holds a head too.
       kinds: its kinds of model, by our name for them.
-      tensors: the table of names, of all kinds together.
+      tensors: the table of names, but for what belongs to one kind alone.
       only: keys of config.json of which we implement one value, that one.
-      unused: regular expressions of the names of tensors that may be left unread.
+      unused: regular expressions of the names of tensors that may be left unread, as those of other kinds may be.
     """
 
     prefix: str
@@ -203,6 +232,18 @@ class Family:
         for key, value in self.only.items():
             if config.get(key, value) not in (value, None):
                 raise UserError(f"config.json has {key}={config[key]!r}, of which only {value!r} is implemented")
+
+    def table(self, kind: Kind, paths: Container[str]) -> list[Tensor]:
+        """Returns the lines of the table of names for a model of that kind and of parameters at these paths."""
+        return [tensor for tensor in (*self.tensors, *kind.tensors) if tensor.holds(paths)]
+
+    def names(self) -> list[str]:
+        """Returns regular expressions of the names of all tensors that files of the family may hold."""
+        return [*self.leftovers(), *(tensor.pattern for tensor in self.tensors)]
+
+    def leftovers(self) -> list[str]:
+        """Returns regular expressions of the names that may be left unread: `unused`, and what only some kinds have."""
+        return [*self.unused, *(tensor.pattern for kind in self.kinds.values() for tensor in kind.tensors)]
 
     def kind_of(self, model: nn.Module) -> Kind | None:
         """Returns the kind that `model` is of, if any."""

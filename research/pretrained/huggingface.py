@@ -27,6 +27,7 @@ from research.pretrained.family import Family, Kind, Tensor, override
 from research.pretrained.torch_zip import Stored
 
 _PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 _FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 
 
@@ -54,12 +55,12 @@ def sequence_classifier(path: str, num_outputs: int | None = None, **overrides: 
     Raises:
       UserError: the family or one of its options is not implemented, or an override is misspelt or fixed.
     """
-    config = _read_config(assets.resolve(path))
-    if num_outputs is None:
-        num_outputs = _num_labels(config)
-        if num_outputs is None:
-            raise UserError(f"{path} has no labels, so num_outputs must be given")
-    return load_model(path, "sequence_classifier", num_outputs=num_outputs, **overrides)
+    return _classifier(path, "sequence_classifier", num_outputs, overrides)
+
+
+def token_classifier(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
+    """Returns the token classifier that a folder's config.json describes; see `sequence_classifier`."""
+    return _classifier(path, "token_classifier", num_outputs, overrides)
 
 
 def load_model(path: str, kind: str, **fields: Any) -> nn.Module:
@@ -71,6 +72,14 @@ def load_model(path: str, kind: str, **fields: Any) -> nn.Module:
         raise UserError(f"{config['model_type']} has no '{kind}'{nearest(kind, family.kinds)}")
     chosen = family.kinds[kind]
     return chosen.build(override(chosen, chosen.read(config), fields))
+
+
+def _classifier(path: str, kind: str, num_outputs: int | None, overrides: Mapping[str, Any]) -> nn.Module:
+    if num_outputs is None:
+        num_outputs = _num_labels(_read_config(assets.resolve(path)))
+        if num_outputs is None:
+            raise UserError(f"{path} has no labels, so num_outputs must be given")
+    return load_model(path, kind, num_outputs=num_outputs, **overrides)
 
 
 def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: bool = False) -> tuple[Any, Report]:
@@ -99,15 +108,17 @@ def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: boo
     _check_same_model(path, kind, config, model)
     shapes = {name: tuple(leaf.shape) for name, leaf in _flatten(params_shape).items()}
     stored = _canonical(weight_files.read(folder), family)
+    tensors = family.table(kind, shapes)
+    stored = {t.theirs: stored[t.instead] for t in tensors if t.instead in stored} | stored
     if new_head:
-        heads = _names(family, shapes, parts=("head",))
+        heads = _names(tensors, shapes, parts=("head",))
         dropped, stored = [n for n in stored if n in heads], {n: t for n, t in stored.items() if n not in heads}
     else:
         dropped = []
-        _check_head(path, config, kind, family, shapes, stored)
-    arrays, new, unused = _assign(path, family, shapes, stored)
+        _check_head(path, config, kind, tensors, shapes, stored)
+    arrays, new, unused = _assign(path, tensors, family.leftovers(), shapes, stored)
     tree = _unflatten(_flatten(params_shape) | arrays)
-    return tree, Report(tuple(sorted(new)), tuple(sorted([*dropped, *unused])))
+    return tree, Report(tuple(new), tuple(sorted([*dropped, *unused])))
 
 
 def save(
@@ -130,7 +141,7 @@ def save(
       labels: names of the outputs; Transformers' LABEL_0, LABEL_1, ... where None.
       problem_type: single_label_classification, multi_label_classification or regression.
       tokenizer_files: files to copy beside the weights.
-      config: more keys for config.json, such as pad_token_id.
+      config: more keys for config.json, such as pad_token_id; those that say what the model is stay as they are.
       max_shard_bytes: the largest weights file.
 
     Returns:
@@ -143,21 +154,24 @@ def save(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name another folder to write the model to")
     model_type, family, kind = _family_of_model(model)
-    keys = kind.write(kind.fields(model)) | {
+    keys = {**kind.defaults, **(config or {}), **kind.write(kind.fields(model))} | {
         "architectures": [kind.architecture],
         "model_type": model_type,
         "torch_dtype": "float32",  # read by Transformers 4
         "dtype": "float32",  # read by Transformers 5
     }
-    if "num_outputs" in kind.fields(model):
+    if "num_outputs" in kind.overridable():
         keys |= _label_keys(kind.fields(model)["num_outputs"], labels, problem_type)
-    tensors = _to_theirs(family, {name: np.asarray(leaf, np.float32) for name, leaf in _flatten(params).items()})
+    elif labels is not None or problem_type is not None:
+        raise UserError(f"{kind.architecture} has neither labels nor a problem_type")
+    arrays = {name: np.asarray(leaf, np.float32) for name, leaf in _flatten(params).items()}
+    tensors = _to_theirs(family.table(kind, arrays), arrays)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     partial.mkdir()
     try:
-        text = json.dumps(keys | dict(config or {}), indent=2, sort_keys=True)
+        text = json.dumps(keys, indent=2, sort_keys=True)
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")
         for file in tokenizer_files:
             shutil.copyfile(file, partial / pathlib.Path(file).name)
@@ -213,7 +227,7 @@ def _num_labels(config: Mapping[str, Any]) -> int | None:
     """Returns the number of a checkpoint's labels; Transformers leaves out that of a classifier of two."""
     if config.get("id2label"):
         return len(config["id2label"])
-    classifier = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    classifier = any(name.endswith(_CLASSIFIERS) for name in config.get("architectures") or ())
     return config.get("num_labels") or (2 if classifier else None)
 
 
@@ -243,15 +257,15 @@ def _check_head(
     path: str,
     config: Mapping[str, Any],
     kind: Kind,
-    family: Family,
+    tensors: Sequence[Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, Stored],
 ) -> None:
     """Raises UserError if the checkpoint's head is another task's, or has another number of outputs."""
-    wanted = {name: shape for name, shape in _names(family, shapes, parts=("head",)).items() if name in stored}
+    wanted = {name: shape for name, shape in _names(tensors, shapes, parts=("head",)).items() if name in stored}
     architecture = next(iter(config.get("architectures") or ()), kind.architecture)
     drop = "new_head=True begins a new one"
-    if wanted and architecture != kind.architecture:
+    if wanted and architecture not in (kind.architecture, *kind.same_head):
         raise UserError(f"the head in {path} is that of {architecture}, not of {kind.architecture}; {drop}")
     for name, shape in wanted.items():
         if stored[name].shape[:1] != shape[:1]:
@@ -261,7 +275,7 @@ def _check_head(
 
 def _canonical(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
     """Renames tensors to what the family's table calls them: with the prefix, and weight and bias in norms."""
-    known = re.compile("|".join([_pattern(tensor) for tensor in family.tensors] + list(family.unused)))
+    known = re.compile("|".join(family.names()))
     result: dict[str, Stored] = {}
     for name, tensor in stored.items():
         modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
@@ -271,10 +285,6 @@ def _canonical(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored
             raise UserError(f"the weights hold {canonical} twice, once as {name}")
         result[canonical] = tensor
     return result
-
-
-def _pattern(tensor: Tensor) -> str:
-    return re.escape(tensor.theirs).replace(r"\{\}", r"\d+")
 
 
 def _expand(tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, list[tuple[int, ...]], Any]]:
@@ -288,12 +298,12 @@ def _expand(tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[t
 
 
 def _names(
-    family: Family, shapes: Mapping[str, tuple[int, ...]], parts: Sequence[str] | None = None
+    tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]], parts: Sequence[str] | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of theirs that parameters of these shapes stand in."""
     result = {}
-    for tensor in family.tensors:
-        if all(path in shapes for path in tensor.ours) and (parts is None or tensor.part in parts):
+    for tensor in tensors:
+        if parts is None or tensor.part in parts:
             for name, ours, _ in _expand(tensor, shapes):
                 # Broadcast zeros have a shape and no memory.
                 empty = [np.broadcast_to(np.float32(0), shape) for shape in ours]
@@ -302,21 +312,24 @@ def _names(
 
 
 def _assign(
-    path: str, family: Family, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]
+    path: str,
+    tensors: Sequence[Tensor],
+    leftovers: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Stored],
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
     """Returns our arrays by path, the paths that stay new, and the names that stay unread."""
-    expected = _names(family, shapes)
+    _check_named(shapes, tensors)
+    expected = _names(tensors, shapes)
     absent = {
         part
-        for part in {tensor.part for tensor in family.tensors} - {""}
-        if not any(name in stored for name in _names(family, shapes, parts=(part,)))
+        for part in {tensor.part for tensor in tensors} - {""}
+        if not any(name in stored for name in _names(tensors, shapes, parts=(part,)))
     }
-    used = [tensor for tensor in family.tensors if all(path in shapes for path in tensor.ours)]
-    _check_named(shapes, used)
-    present = [tensor for tensor in used if tensor.part not in absent]
-    new = [path for tensor in used if tensor.part in absent for path in tensor.ours]
-    needed = _names(family, shapes, parts=sorted({tensor.part for tensor in present}))
-    unused = [name for name in stored if name not in expected and any(re.fullmatch(r, name) for r in family.unused)]
+    present = [tensor for tensor in tensors if tensor.part not in absent]
+    new = {path for tensor in tensors if tensor.part in absent for path in tensor.ours}
+    needed = _names(present, shapes)
+    unused = [name for name in stored if name not in expected and any(re.fullmatch(r, name) for r in leftovers)]
     _check_complete(path, needed, stored, unused)
 
     arrays = {p: np.empty(shapes[p], np.float32) for tensor in present for p in tensor.ours}
@@ -324,7 +337,7 @@ def _assign(
         for name, _, index in _expand(tensor, shapes):
             for ours, array in zip(tensor.ours, tensor.layout.to_ours(stored[name].read())):
                 arrays[ours][index] = array
-    return arrays, new, unused
+    return arrays, sorted(new), unused
 
 
 def _check_complete(
@@ -351,13 +364,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _to_theirs(family: Family, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _to_theirs(tensors: Sequence[Tensor], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     shapes = {path: array.shape for path, array in arrays.items()}
-    used = [tensor for tensor in family.tensors if all(path in arrays for path in tensor.ours)]
-    _check_named(shapes, used)
+    _check_named(shapes, tensors)
     return {
         name: tensor.layout.to_theirs(*(arrays[path][index] for path in tensor.ours))
-        for tensor in used
+        for tensor in tensors
         for name, _, index in _expand(tensor, shapes)
     }
 
