@@ -13,8 +13,7 @@ Published, ROUGE-1 / ROUGE-2 / ROUGE-L of the test set (table 14; from memory):
 Its ROUGE-L goes sentence by sentence, `rougeLsum` here; its words are stemmed, these are not, and these are fractions.
 Not run here: the data and the weights need the network. Hardware: one accelerator. 287,113 pairs, 3 epochs: at 6
 operations a parameter and token, half the parameters on 512 tokens, half on up to 128, 1e17 floating-point operations
-for small: a quarter of an hour of an A100 at 35 % of its peak of 312e12 a second, and as long again, roughly, for the
-11,490 summaries that are written.
+for small: a quarter of an hour of an A100 at 35 % of its peak of 312e12 a second, and then 11,490 summaries to write.
 `:tiny` needs neither network nor files and takes seconds.
 """
 
