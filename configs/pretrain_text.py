@@ -143,7 +143,8 @@ def tiny_text(config: ConfigDict) -> ConfigDict:
     config.data.pack = 32
     config = tiny_documents(config, length=32)
     config.tokenizer = tokenizer
-    config.tokenizer.update(source=config.data.source, vocab_size=300)
+    config.tokenizer.source = config.data.source
+    config.tokenizer.vocab_size = 300
     return config
 
 

@@ -33,7 +33,13 @@ def load(path):
     return module
 
 
-CONFIGS = {(path.name, variant): path for path in sorted(FOLDER.glob("*.py")) for variant in load(path).VARIANTS}
+def variants(path):
+    """Returns the variants of a config file, but for second names."""
+    module = load(path)
+    return {str(module.get_config(name)): name for name in reversed(module.VARIANTS)}.values()
+
+
+CONFIGS = {(path.name, variant): path for path in sorted(FOLDER.glob("*.py")) for variant in variants(path)}
 TINY = [key for key in CONFIGS if key[1].endswith("tiny")]
 
 
@@ -104,10 +110,10 @@ STOCK = {
         "plausible_answers": {"text": [b"Oslo"], "answer_start": [8]},
     },
     "conll2003": {"tokens": [b"in", b"Oslo"], "ner": np.array([0, 5])},
-    "c4": {"text": b"the cat sat on the mat"},
+    "c4": dict.fromkeys(("text", "url", "timestamp", "content-length", "content-type"), b"the cat sat on the mat"),
     "wikipedia": {"text": b"the cat sat on the mat", "title": b"Cat"},
     "wmt14_translate": {"en": b"the cat", "de": b"die Katze"},
-    "cnn_dailymail": {"article": b"the cat sat on the mat", "highlights": b"a cat sat"},
+    "cnn_dailymail": {"article": b"the cat sat on the mat", "highlights": b"a cat sat", "id": b"", "publisher": b""},
 }
 OWN = {
     "jane_austen": {"text": "the cat sat on the mat", "title": "Cat"},
@@ -184,7 +190,7 @@ PARAMETERS = {
     ("t5.py", "v1_1_large"): (32128, 783_150_080),
     ("t5.py", "v1_1_xl"): (32128, 2_849_757_184),
     ("t5.py", "v1_1_xxl"): (32128, 11_135_332_352),
-    ("transformer_wmt14.py", "base"): (37000, 63e6),
+    ("transformer_wmt14.py", ""): (37000, 63e6),
     ("transformer_wmt14.py", "big"): (37000, 213e6),
 }
 
