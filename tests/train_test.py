@@ -77,7 +77,7 @@ def test_a_run_fills_its_folder_and_a_second_one_changes_nothing(tmp_path, capsy
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert {p.name for p in tmp_path.iterdir()} == {
         *("config.json", "run.json", "metrics.jsonl", "result.json"),
-        *("checkpoints", "tensorboard", "figures"),
+        *("checkpoints", "tensorboard", "tokenizer", "figures"),
     }
     assert steps(tmp_path) == [10, 12]
     assert [row["step"] for row in rows(tmp_path)] == [4, 8, 12, 12]

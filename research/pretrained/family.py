@@ -63,6 +63,16 @@ class Computed:
     free: bool = False
 
 
+def head_width(config: Mapping[str, Any], hidden_size: Key, num_heads: Key) -> int:
+    """Returns the width of a head that is its share of the hidden states'; raises UserError where it is not whole."""
+    hidden, heads = hidden_size.read(config), num_heads.read(config)
+    if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0):
+        raise UserError(
+            f"config.json has {hidden_size.name}={hidden!r}, which is not a multiple of {num_heads.name}={heads!r}"
+        )
+    return hidden // heads
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """One kind of model that a family comes as, say a sequence classifier.
@@ -219,6 +229,7 @@ class Family:
       tensors: the table of names, but for what belongs to one kind alone.
       only: keys of config.json of which we implement one value, that one.
       unused: regular expressions of the names of tensors that may be left unread, as those of other kinds may be.
+      copies: which of those, where they are left unread, must equal another tensor.
     """
 
     prefix: str
@@ -226,6 +237,7 @@ class Family:
     tensors: Sequence[Tensor]
     only: Mapping[str, Any]
     unused: Sequence[str]
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Raises UserError if `config` asks for what we do not implement."""

@@ -9,7 +9,7 @@ from research.errors import UserError
 from research.models import gpt
 from research.pretrained.family import Computed, Family, Key, Kind, Layout
 from research.pretrained.gpt2 import complete
-from research.pretrained.llama import BIASES, CONSTANTS, KEYS, ONLY, UNUSED, tensors
+from research.pretrained.llama import BIASES, CONSTANTS, COPIES, KEYS, ONLY, UNUSED, tensors
 
 _HIDDEN = Key("hidden_size", 3072)
 # Norms multiply by 1 + what the file holds.
@@ -23,6 +23,10 @@ def _activation(config: Mapping[str, Any]) -> str:
     if len(set(meant)) > 1:
         raise UserError(f"config.json has hidden_act='{named[0]}' and hidden_activation='{named[1]}'")
     return meant[0]
+
+
+def _embedding_scale(config: Mapping[str, Any]) -> float:
+    return float(_HIDDEN.read(config)) ** 0.5
 
 
 FAMILY = Family(
@@ -45,7 +49,7 @@ FAMILY = Family(
                 "max_positions": Key("max_position_embeddings", 8192, free=True),
                 "activation": Computed(_activation, lambda value: {"hidden_act": value, "hidden_activation": value}),
                 "tie_embeddings": Key("tie_word_embeddings", True),
-                "embedding_scale": Computed(lambda config: _HIDDEN.read(config) ** 0.5),
+                "embedding_scale": Computed(_embedding_scale),
             },
             constants={name: value for name, value in CONSTANTS.items() if name != "embedding_scale"},
             complete=complete,
@@ -54,4 +58,5 @@ FAMILY = Family(
     tensors=tensors(norm=_ABOVE_ONE),
     only=ONLY | {"use_bidirectional_attention": False},
     unused=UNUSED,
+    copies=COPIES,
 )

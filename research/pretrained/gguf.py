@@ -36,7 +36,10 @@ _KEYS = {
     "rope.scaling.type": "",
     "rope.scaling.factor": "",
 }
-_NEEDED = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length")
+_NEEDED = (
+    *("embedding_length", "block_count", "feed_forward_length"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+)
 _TENSORS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",

@@ -52,7 +52,7 @@ FAMILY = Family(
                 "num_layers": Key("n_layer", 12, fallback="num_hidden_layers"),
                 "num_kv_heads": _HEADS,
                 "num_heads": _HEADS,
-                "head_width": Computed(lambda config: _HIDDEN.read(config) // _HEADS.read(config)),
+                "head_width": Computed(lambda config: family.head_width(config, _HIDDEN, _HEADS)),
                 "intermediate_size": Computed(_inner, lambda value: {"n_inner": value}),
                 "max_positions": Key("n_positions", 1024, fallback="max_position_embeddings"),
                 "norm_epsilon": Key("layer_norm_epsilon", 1e-5),
@@ -109,4 +109,5 @@ FAMILY = Family(
         r"score\.weight",
         r"multiple_choice_head\..*",
     ],
+    copies={"lm_head.weight": "transformer.wte.weight"},
 )

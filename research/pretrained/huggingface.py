@@ -117,6 +117,7 @@ def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: boo
         dropped = []
         _check_head(path, config, kind, tensors, shapes, stored)
     arrays, new, unused = _assign(path, tensors, family.leftovers(), shapes, stored)
+    _check_copies(path, family, stored, unused)
     tree = _unflatten(_flatten(params_shape) | arrays)
     return tree, Report(tuple(new), tuple(sorted([*dropped, *unused])))
 
@@ -358,6 +359,14 @@ def _check_complete(
     found = [f"{_some(names)} {problem}" for problem, names in problems.items() if names]
     if found:
         raise UserError(f"the weights in {path} do not fit the model: {'; '.join(found)}")
+
+
+def _check_copies(path: str, family: Family, stored: Mapping[str, Stored], unused: Sequence[str]) -> None:
+    """Raises UserError if a tensor is left unread that is no copy of the one that stands in for it."""
+    for name in set(unused) & set(family.copies):
+        other = family.copies[name]
+        if not np.array_equal(stored[name].read(), stored[other].read()):
+            raise UserError(f"{path} holds a {name} other than {other}, though its config.json says that they are tied")
 
 
 def _some(names: Sequence[str]) -> str:

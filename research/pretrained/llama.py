@@ -50,21 +50,20 @@ def head_width(config: Mapping[str, Any]) -> int:
     """Returns the width of a head, which need not be a share of the hidden states'."""
     if config.get("head_dim") is not None:
         return config["head_dim"]
-    hidden, heads = KEYS["hidden_size"].read(config), KEYS["num_heads"].read(config)
-    if hidden % heads:
-        raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    return hidden // heads
+    return family.head_width(config, HIDDEN, HEADS)
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
+HIDDEN = Key("hidden_size", 4096)
+HEADS = Key("num_attention_heads", 32)
 KEYS: dict[str, Key | Computed] = {
     "vocab_size": Key("vocab_size", 32000),
-    "hidden_size": Key("hidden_size", 4096),
+    "hidden_size": HIDDEN,
     "num_layers": Key("num_hidden_layers", 32),
-    "num_heads": Key("num_attention_heads", 32),
+    "num_heads": HEADS,
     "num_kv_heads": Key("num_key_value_heads", 32, fallback="num_attention_heads"),
     "head_width": Computed(head_width, lambda value: {"head_dim": value}),
     "intermediate_size": Key("intermediate_size", 11008),
@@ -90,6 +89,7 @@ CONSTANTS = {
 ONLY = {"pretraining_tp": 1, "partial_rotary_factor": 1.0, "per_layer_config": {}, "quantization_config": {}}
 # Old files hold the rotary frequencies, some the output layer although it is the word table.
 UNUSED = [r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", r"lm_head\.weight", r"score\.weight"]
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def tensors(norm: family.Layout = family.SAME) -> list[family.Tensor]:
@@ -132,4 +132,5 @@ FAMILY = Family(
     tensors=tensors(),
     only=ONLY,
     unused=UNUSED,
+    copies=COPIES,
 )

@@ -3,7 +3,7 @@
 from research.models import gpt
 from research.pretrained.family import Computed, Family, Key, Kind
 from research.pretrained.gpt2 import complete
-from research.pretrained.llama import CONSTANTS, KEYS, ONLY, UNUSED, tensors
+from research.pretrained.llama import CONSTANTS, COPIES, HEADS, KEYS, ONLY, UNUSED, tensors
 
 FAMILY = Family(
     prefix="model.",
@@ -15,7 +15,7 @@ FAMILY = Family(
             keys=KEYS
             | {
                 "num_kv_heads": Computed(
-                    lambda config: config.get("num_key_value_heads", 8) or KEYS["num_heads"].read(config),
+                    lambda config: config.get("num_key_value_heads", 8) or HEADS.read(config),
                     lambda value: {"num_key_value_heads": value},
                 ),
                 "intermediate_size": Key("intermediate_size", 14336),
@@ -32,4 +32,5 @@ FAMILY = Family(
     tensors=tensors(),
     only=ONLY | {"layer_types": None},
     unused=UNUSED,
+    copies=COPIES,
 )

@@ -7,7 +7,7 @@ from research.errors import UserError
 from research.models import gpt
 from research.pretrained.family import Computed, Family, Key, Kind
 from research.pretrained.gpt2 import complete
-from research.pretrained.llama import CONSTANTS, KEYS, ONLY, UNUSED, tensors
+from research.pretrained.llama import CONSTANTS, COPIES, HEADS, KEYS, ONLY, UNUSED, tensors
 
 
 def sliding_window(config: Mapping[str, Any]) -> int | None:
@@ -33,7 +33,7 @@ def _write_window(window: int | None) -> dict[str, Any]:
 QWEN_KEYS = KEYS | {
     "vocab_size": Key("vocab_size", 151936),
     "num_kv_heads": Computed(
-        lambda config: config.get("num_key_value_heads", 32) or KEYS["num_heads"].read(config),
+        lambda config: config.get("num_key_value_heads", 32) or HEADS.read(config),
         lambda value: {"num_key_value_heads": value},
     ),
     "intermediate_size": Key("intermediate_size", 22016),
@@ -57,4 +57,5 @@ FAMILY = Family(
     tensors=tensors(),
     only=ONLY,
     unused=UNUSED,
+    copies=COPIES,
 )

@@ -3,7 +3,7 @@
 from research.models import gpt
 from research.pretrained.family import Family, Key, Kind
 from research.pretrained.gpt2 import complete
-from research.pretrained.llama import BIASES, ONLY, UNUSED, tensors
+from research.pretrained.llama import BIASES, COPIES, ONLY, UNUSED, tensors
 from research.pretrained.qwen2 import QWEN_CONSTANTS, QWEN_KEYS
 
 FAMILY = Family(
@@ -21,4 +21,5 @@ FAMILY = Family(
     tensors=tensors(),
     only=ONLY,
     unused=UNUSED,
+    copies=COPIES,
 )

@@ -173,6 +173,17 @@ def test_gpt2_without_prefix_with_masks_and_a_copy_of_the_word_table(tmp_path):
     assert report == huggingface.Report((), ("lm_head.weight", *masks))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma"])
+def test_an_output_layer_that_is_no_copy_of_the_word_table_is_named(family, tmp_path):
+    folder = save(tmp_path, family)
+    words = "transformer.wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
+    edit_tensors(folder, lambda tensors: tensors | {"lm_head.weight": tensors[words].copy()})
+    assert load(folder)[2].unused == ("lm_head.weight",)
+    edit_tensors(folder, lambda tensors: tensors | {"lm_head.weight": tensors[words] + 1})
+    with pytest.raises(UserError, match=f"holds a lm_head.weight other than {words}, though its config.json says that"):
+        load(folder)
+
+
 def test_an_output_layer_that_the_file_lacks_is_new(tmp_path):
     folder = save(tmp_path, "llama")
     edit_tensors(folder, lambda tensors: {n: a for n, a in tensors.items() if n != "lm_head.weight"})
@@ -271,10 +282,22 @@ def test_gemmas_old_name_of_its_activation(tmp_path):
         load(folder)
 
 
-def test_heads_that_do_not_divide_the_width_are_named(tmp_path):
-    folder = save(tmp_path, "llama")
-    edit_config(folder, head_dim=None, num_attention_heads=5)
-    with pytest.raises(UserError, match="hidden_size 12 is not a multiple of num_attention_heads 5"):
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gpt2", {"n_head": 5}, "n_embd=12, which is not a multiple of n_head=5"),
+        ("gpt2", {"n_embd": "12"}, "n_embd='12', which is not a multiple of n_head=2"),
+        ("llama", {"head_dim": None, "num_attention_heads": 5}, "hidden_size=12, which is not a multiple of num_att"),
+        ("llama", {"num_attention_heads": 3, "num_key_value_heads": 2}, "num_heads 3 is not a multiple of num_kv_h"),
+        ("gemma", {"hidden_act": "sliu", "hidden_activation": None}, "activation 'sliu'; did you mean 'silu'"),
+        ("qwen3", {"head_dim": "4"}, "head_width='4' is of the wrong type"),
+        ("mistral", {"sliding_window": "5"}, "sliding_window='5' is of the wrong type"),
+    ],
+)
+def test_wrong_values_are_named(family, changes, message, tmp_path):
+    folder = save(tmp_path, family)
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=message):
         load(folder)
 
 

@@ -1,0 +1,75 @@
+"""A causal language model as a folder: its weights, its tokenizer, and the ids that generation needs."""
+
+import dataclasses
+import json
+import types
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from research import export
+from research.data import tokenizer
+from research.models.gpt import Decoder
+from research.pretrained import huggingface
+
+MODEL = Decoder(vocab_size=260, hidden_size=12, num_layers=2, num_heads=2, intermediate_size=20, max_positions=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A tokenizer with the special ids of a decoder."""
+
+    inner: Any
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+
+    def save(self, folder):
+        return self.inner.save(folder)
+
+
+def params():
+    shapes = jax.eval_shape(lambda key: MODEL.init(key, np.zeros((1, 4), np.int32))["params"], jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return shapes, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    task = types.SimpleNamespace(model=MODEL)
+    experiment = types.SimpleNamespace(task=task, tokenizer=Text(tokenizer.byte_level()), label_names=())
+    monkeypatch.setattr(export, "Experiment", lambda *_, **__: experiment)
+    monkeypatch.setattr(export, "restore_params", lambda *_: (7, params()[1]))
+    return export.run(ConfigDict(), tmp_path)
+
+
+def test_a_decoder_is_exported_whole(folder):
+    shapes, want = params()
+    model = huggingface.load_model(str(folder), "causal_lm")
+    assert model == MODEL.clone(num_kv_heads=2, head_width=6)
+    loaded, report = huggingface.load_params(str(folder), model, shapes)
+    jax.tree.map(np.testing.assert_array_equal, loaded, want)
+    assert report == huggingface.Report((), ())
+    config = json.loads((folder / "config.json").read_text())
+    assert {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "model_type": "gpt2"}.items() <= config.items()
+    text = "a cat"
+    assert tokenizer.load(str(folder)).backend.encode(text).ids == tokenizer.byte_level().backend.encode(text).ids
+
+
+@pytest.mark.peers
+def test_transformers_generates_from_the_export(folder):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    text = transformers.AutoTokenizer.from_pretrained(folder)
+    generation = model.generation_config
+    assert (generation.pad_token_id, generation.bos_token_id, generation.eos_token_id) == (0, 1, 2)
+    ids = np.array([text("a cat")["input_ids"]])
+    want = model.generate(torch.tensor(ids), max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+    got = []
+    for _ in want:
+        logits = MODEL.apply({"params": params()[1]}, np.concatenate([ids, np.array([got], ids.dtype)], axis=1))
+        got.append(int(logits[0, -1].argmax()))
+    assert got == want
