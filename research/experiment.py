@@ -19,6 +19,7 @@ from research.build import build, invoke, locate
 from research.checkpoint import Checkpoints
 from research.data.dataset import Dataset, Source
 from research.data.tokenizer import read
+from research.decoding import Decoding
 from research.errors import UserError, nearest
 from research.optimizer import Optimizer
 from research.record import read_json
@@ -26,7 +27,7 @@ from research.task import Params, Spec, Task
 
 KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
-    *("optimizer", "mesh", "checkpoint", "log", "derived"),
+    *("optimizer", "mesh", "checkpoint", "log", "derived", "decoding"),
 )
 # What a section without `call` configures.
 SECTIONS = {
@@ -35,6 +36,7 @@ SECTIONS = {
     "mesh": "research.sharding.make_mesh",
     "checkpoint": "research.checkpoint.Checkpoints",
     "log": "research.experiment.Log",
+    "decoding": "research.decoding.Decoding",
 }
 
 
@@ -144,7 +146,7 @@ class Experiment:
     @functools.cached_property
     def task(self) -> Task:
         """The model and its objective."""
-        context = self._basics | {"mesh": self.mesh, "label_names": self.label_names}
+        context = self._basics | {"mesh": self.mesh, "label_names": self.label_names, "decoding": self.decoding}
         if self.tokenizer is not None:
             context["vocab_size"] = self.tokenizer.backend.get_vocab_size()
         if self.label_names:
@@ -156,12 +158,17 @@ class Experiment:
     @functools.cached_property
     def evaluators(self) -> dict[str, Callable[..., dict[str, float]]]:
         """Name -> evaluator."""
-        context = self._basics | {"mesh": self.mesh, "task": self.task}
+        context = self._basics | {"mesh": self.mesh, "task": self.task, "decoding": self.decoding}
         evaluators = build(self.config.get("evals") or {}, "config.evals", **context)
         for name, evaluator in evaluators.items():
             if not callable(evaluator):
                 raise UserError(f"config.evals.{name}: it is no evaluator; it needs a `call`")
         return evaluators
+
+    @functools.cached_property
+    def decoding(self) -> Decoding:
+        """How text is generated."""
+        return self._invoke("decoding")
 
     @property
     def num_steps(self) -> int:

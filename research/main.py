@@ -4,6 +4,7 @@ Modes:
   train      train, evaluate, and go on where the run in --workdir stopped (the default)
   evaluate   a checkpoint through config.evals
   predict    JSON lines in (--input), the same with predictions out (--output)
+  generate   text: what follows --prompt, as it is written, or JSON lines as in predict; --config.decoding says how
   export     a folder that Hugging Face's from_pretrained loads (--output)
 
 Flags:
@@ -13,8 +14,10 @@ Flags:
   --workdir       the run's folder
   --mode          one of the above
   --checkpoint    latest, best or a step, in all modes but train; by default the best, where the run keeps it
-  --input         predict: the file to read; by default, and for -, the standard input
-  --output        predict: the file to write; by default, and for -, the standard output.
+  --prompt        generate: the text to go on with, or to translate, or to answer with --config.decoding.chat=true
+  --input         predict: the file to read; by default, and for -, the standard input.
+                  generate: instead of --prompt, a file of lines {"prompt": ...}, {"messages": [...]} or plain text
+  --output        predict, generate: the file to write; by default, and for -, the standard output.
                   export: the folder to write; by default export in the run's folder
   --distributed   join the other processes of a pod or a cluster before starting
 
@@ -37,9 +40,10 @@ MODES = {
     "train": (),
     "evaluate": ("checkpoint",),
     "predict": ("checkpoint", "input", "output"),
+    "generate": ("checkpoint", "prompt", "input", "output"),
     "export": ("checkpoint", "output"),
 }
-FLAGS = ("config", "workdir", "mode", "checkpoint", "input", "output")
+FLAGS = ("config", "workdir", "mode", "checkpoint", "prompt", "input", "output")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +79,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     flags.mode = flags.mode or "train"
     if flags.mode not in MODES:
         raise UserError(f"--mode: there is no '{flags.mode}'{nearest(flags.mode, MODES)}")
-    for name in ("checkpoint", "input", "output"):
+    for name in ("checkpoint", "prompt", "input", "output"):
         if getattr(flags, name) is not None and name not in MODES[flags.mode]:
             raise UserError(f"--{name}: --mode={flags.mode} takes no such flag")
     if not flags.workdir:

@@ -100,10 +100,21 @@ def _child(node: Any, part: str | int, name: str) -> Any:
             raise UserError(f"{name}[{part}]: the sequence has {len(node)} items, counted from 0")
     elif not isinstance(node, ConfigDict | dict):
         raise UserError(f"{name}.{part}: there is no such key below a plain value")
-    elif part not in node:
+    elif part not in node and not _begun(node, part, name):
         known = [*node, *_parameters(node, name)]
         raise UserError(f"{name}.{part}: there is no such key{nearest(part, known)}")
     return _value(node[part])
+
+
+def _begun(node: ConfigDict | dict, part: str, name: str) -> bool:
+    """Begins a section that the config left out, all of whose keys have their defaults, if it is one."""
+    from research.experiment import SECTIONS
+
+    if not isinstance(node, ConfigDict) or name != "config" or part not in SECTIONS:
+        return False
+    with node.unlocked():
+        node[part] = ConfigDict()
+    return True
 
 
 def _set(node: Any, part: str | int, text: str, name: str) -> None:

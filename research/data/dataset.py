@@ -304,13 +304,14 @@ class Dataset:
         return (self.pack, self.pack_decoder)[: len(self._sides)]
 
     def _longest(self, side: dict[str, float]) -> int | None:
-        """Returns the greatest length of a side's sequences, by what their ops say; None where one does not."""
-        stated: dict[str, Any] = {}
+        """Returns the greatest length of a side's sequences, by what their ops say; None where none does."""
+        stated: dict[str, int] = {}
         for op in self.ops:
             own = getattr(op, "decoder_max_length", None) if "decoder_input_ids" in side else None
             made = getattr(op, "padding", {}).keys() & side
-            stated |= dict.fromkeys(made, own or getattr(op, "max_length", None))
-        return None if None in stated.values() else max(stated.values())
+            if length := own or getattr(op, "max_length", None):
+                stated |= dict.fromkeys(made, length)
+        return max(stated.values(), default=None)
 
     @functools.cached_property
     def _lengths(self) -> tuple[tuple[int, ...], ...]:

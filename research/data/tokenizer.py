@@ -21,6 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from research import assets
 from research.data.dataset import Source
 from research.errors import UserError, nearest
+from research.pretrained import gguf
 
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -179,7 +180,9 @@ def load(path: str) -> Tokenizer:
 
 
 def read(file: pathlib.Path) -> Tokenizer:
-    """Loads the tokenizer of a local folder; see `load`."""
+    """Loads the tokenizer of a local folder, or of a GGUF file; see `load`."""
+    if gguf.is_file(file):
+        return Tokenizer(**gguf.tokenizer(file)._asdict())
     folder = file if file.is_dir() else file.parent
     file = file if file.is_file() else folder / "tokenizer.json"
     settings = _json(folder / "tokenizer_config.json")

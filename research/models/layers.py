@@ -347,10 +347,22 @@ class RelativeBias(nn.Module):
             base, distances = jnp.where(distances > 0, buckets, 0), jnp.abs(distances)
         else:
             distances = jnp.maximum(-distances, 0)
+        return base + jnp.asarray(self._table(buckets))[jnp.minimum(distances, self.max_distance)]
+
+    def _table(self, buckets: int) -> list[int]:
+        """Returns the bucket of every distance up to the greatest.
+
+        Some lie on the edge of a bucket, so that precision and the order of the operations matter.
+        """
         exact = buckets // 2
-        growth = jnp.log(jnp.maximum(distances, 1) / exact) / math.log(self.max_distance / exact)
-        far = exact + (growth * (buckets - exact)).astype(jnp.int32)
-        return base + jnp.where(distances < exact, distances, jnp.minimum(far, buckets - 1))
+        if not 0 < exact < self.max_distance:
+            raise UserError(
+                f"{self.num_buckets} relative buckets do not fit a greatest distance of {self.max_distance}"
+            )
+        ratio = math.log(self.max_distance / exact)
+        distances = range(exact, self.max_distance + 1)
+        far = [exact + int(math.log(distance / exact) / ratio * (buckets - exact)) for distance in distances]
+        return [*range(exact), *(min(bucket, buckets - 1) for bucket in far)]
 
 
 class CacheIndex(nn.Module):
@@ -569,7 +581,12 @@ def stack(
       unroll: how many blocks the compiler sees at once; the parameters' layout stays.
       remat: recompute activations in the backward pass instead of keeping them.
       **context: passed to every block.
+
+    Where the parameters come as {"0": those of the first block, ...} the blocks are applied one by one, and their
+    caches are kept alike. Decoding does so: a scan copies every layer's weights for every token.
     """
+    if block.has_variable("params", "0"):
+        return _one_by_one(block, num_layers, x, context)
 
     def step(block: nn.Module, x: jax.Array, context: dict[str, Any]) -> tuple[jax.Array, None]:
         return block(x, **context), None
@@ -583,3 +600,14 @@ def stack(
         unroll=min(unroll, num_layers),
     )
     return scan(block, x, context)[0]
+
+
+def _one_by_one(block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any]) -> jax.Array:
+    alone, held = block.clone(parent=None), block.variables
+    mutable = ["cache"] if block.is_mutable_collection("cache") else []
+    for name in map(str, range(num_layers)):
+        variables = {collection: every[name] for collection, every in held.items() if name in every}
+        x, changed = alone.apply(variables, x, mutable=mutable, **context)
+        for collection, value in changed.items():
+            block.put_variable(collection, name, value)
+    return x

@@ -1,17 +1,29 @@
 """BERT (Devlin 2018) in Hugging Face's format."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from research.errors import UserError
 from research.models import bert
 from research.pretrained import family
-from research.pretrained.family import Family, Key, Kind
+from research.pretrained.family import Computed, Family, Key, Kind
 
-ENCODER_KEYS = {
+
+def _token_types(config: Mapping[str, Any]) -> Any:
+    types = Key("type_vocab_size", 2).read(config)
+    if types == 0:
+        raise UserError("config.json has type_vocab_size=0, where BERT and RoBERTa have one token type at least")
+    return types
+
+
+ENCODER_KEYS: dict[str, Key | Computed] = {
     "vocab_size": Key("vocab_size", 30522),
     "hidden_size": Key("hidden_size", 768),
     "num_layers": Key("num_hidden_layers", 12),
     "num_heads": Key("num_attention_heads", 12),
     "intermediate_size": Key("intermediate_size", 3072),
     "max_positions": Key("max_position_embeddings", 512),
-    "num_token_types": Key("type_vocab_size", 2),
+    "num_token_types": Computed(_token_types, lambda value: {"type_vocab_size": value}),
     "activation": Key("hidden_act", "gelu"),
     "layer_norm_epsilon": Key("layer_norm_eps", 1e-12),
     "dropout": Key("hidden_dropout_prob", 0.1, free=True),

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.data.tokenizer import Tokenizer
+from research.decoding import Decoding, generate
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
 from research.tasks import tokens
@@ -25,10 +27,14 @@ class CausalLM:
     Attributes:
       model: the Linen module, with methods `hidden` and `logits`; see `models.gpt`.
       logits_chunk: positions whose logits exist at once; 0 for all. Long rows of a large vocabulary need it.
+      tokenizer: to put outputs in words.
+      decoding: how `predict` goes on with a text.
     """
 
     model: nn.Module
     logits_chunk: int = 0
+    tokenizer: Tokenizer | None = None
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
         """Returns new float32 parameters; raises UserError if a feature is missing or rows are too long."""
@@ -46,8 +52,12 @@ class CausalLM:
         return self._score(params, batch, {})
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns the "log_likelihood" of each row's targets, in nats, and how many there are: "targets"."""
-        del rng  # nothing is drawn
+        """Returns the "log_likelihood" of each row's targets, in nats, and how many there are, "targets".
+
+        Of a batch without targets, questions, it returns the "tokens" int32 [B, N] that go on; padding follows the end.
+        """
+        if "targets" not in batch:
+            return {"tokens": generate(self.model, params, batch, self.decoding, self.tokenizer, rng)}
         hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, {})
         logits_BxTxV = tokens.logits(self.model, params, hidden_BxTxD)
         losses_BxT, _ = tokens.token_losses(logits_BxTxV, batch["targets"])
@@ -58,7 +68,9 @@ class CausalLM:
         }
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns one text's log-likelihood, in nats, its number of tokens and its perplexity."""
+        """Returns one text's log-likelihood, in nats, its number of tokens and its perplexity; or what goes on."""
+        if "tokens" in output:
+            return {"prediction": tokens.text(self.tokenizer, output["tokens"].tolist())}
         likelihood, count = float(output["log_likelihood"]), float(output["targets"])
         perplexity = float(np.exp(-likelihood / count)) if count else None
         return {"log_likelihood": likelihood, "tokens": int(count), "perplexity": perplexity}

@@ -39,6 +39,12 @@ MODELS = {
     ),
 }
 FAMILIES = sorted(MODELS)
+HEADS = {
+    "masked_lm": lambda encoder: bert.MaskedLM(encoder, encoder.activation if encoder.num_token_types != 1 else "gelu"),
+    "masked_lm, untied": lambda encoder: HEADS["masked_lm"](encoder).clone(tie_embeddings=False),
+    "question_answerer": bert.QuestionAnswerer,
+    "token_classifier": lambda encoder: bert.TokenClassifier(encoder, 4),
+}
 
 
 def shapes(model):
@@ -160,6 +166,142 @@ def test_names_are_those_of_the_published_checkpoints(family, folder):
     with safetensors.safe_open(folder / "model.safetensors", "numpy") as file:
         assert {name for name in file.keys() if "layer.1." not in name} == want  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
+
+
+# Other heads
+
+
+def save_head(folder, family, head):
+    model = HEADS[head](MODELS[family].encoder)
+    return huggingface.save(folder, model, random_params(model)), model
+
+
+def load_head(folder, kind, **options):
+    if kind in ("sequence_classifier", "token_classifier"):
+        model = getattr(huggingface, kind)(str(folder), options.pop("num_outputs", None))
+    else:
+        model = huggingface.load_model(str(folder), kind)
+    return huggingface.load_params(str(folder), model, shapes(model), **options)
+
+
+def stored_names(folder):
+    with safetensors.safe_open(folder / "model.safetensors", "numpy") as file:
+        return set(file.keys())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_other_heads_make_the_round_trip(family, head, tmp_path):
+    folder, model = save_head(tmp_path / "model", family, head)
+    kind = head.partition(",")[0]
+    rates = {"dropout": model.encoder.dropout, "attention_dropout": model.encoder.attention_dropout}
+    read = huggingface.load_model(str(folder), kind, **({"num_outputs": 4} if kind == "token_classifier" else {}))
+    assert read.clone(encoder=read.encoder.clone(**rates), **head_rate(model)) == model
+    params, report = load_head(folder, kind)
+    assert_equal(params, random_params(model))
+    assert report == huggingface.Report((), ())
+    again = huggingface.save(tmp_path / "again", read, params)
+    for name in ("config.json", "model.safetensors"):
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+
+
+def head_rate(model):
+    return {"head_dropout": model.head_dropout} if hasattr(model, "head_dropout") else {}
+
+
+HEAD_NAMES = {
+    ("bert", "masked_lm"): "cls.predictions.bias cls.predictions.transform.dense. cls.predictions.transform.LayerNorm.",
+    ("bert", "question_answerer"): "qa_outputs.",
+    ("bert", "token_classifier"): "classifier.",
+    ("roberta", "masked_lm"): "lm_head.bias lm_head.dense. lm_head.layer_norm.",
+    ("roberta", "question_answerer"): "qa_outputs.",
+    ("roberta", "token_classifier"): "classifier.",
+    ("distilbert", "masked_lm"): "vocab_transform. vocab_layer_norm. vocab_projector.bias",
+    ("distilbert", "question_answerer"): "qa_outputs.",
+    ("distilbert", "token_classifier"): "classifier.",
+}
+for name, own in {"bert": "cls.predictions.decoder.", "roberta": "lm_head.decoder."}.items():
+    HEAD_NAMES[name, "masked_lm, untied"] = f"{HEAD_NAMES[name, 'masked_lm']} {own}"
+HEAD_NAMES["distilbert", "masked_lm, untied"] = "vocab_transform. vocab_layer_norm. vocab_projector."
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_names_of_other_heads_are_those_of_the_published_checkpoints(family, head, tmp_path):
+    folder, _ = save_head(tmp_path / "model", family, head)
+    want = set()
+    for name in HEAD_NAMES[family, head].split():
+        want |= {f"{name}weight", f"{name}bias"} if name.endswith(".") else {name}
+    assert {name for name in stored_names(folder) if not name.startswith(f"{family}.")} == want
+    config = json.loads((folder / "config.json").read_text())
+    assert ("id2label" in config) == (head == "token_classifier")
+    assert config["architectures"][0].endswith(
+        {"masked_lm": "MaskedLM", "question": "QuestionAnswering", "token": "TokenClassification"}[
+            "masked_lm" if head.startswith("masked_lm") else head.partition("_")[0]
+        ]
+    )
+
+
+@pytest.mark.parametrize("kind", ["sequence_classifier", "question_answerer", "token_classifier"])
+@pytest.mark.parametrize("head", ["masked_lm", "masked_lm, untied"])
+def test_a_pretrained_masked_lm_is_fine_tuned_with_a_new_head(family, head, kind, tmp_path):
+    folder, _ = save_head(tmp_path / "model", family, head)
+    params, report = load_head(folder, kind, **({} if kind == "question_answerer" else {"num_outputs": 3}))
+    assert report.unused == tuple(sorted(name for name in stored_names(folder) if not name.startswith(f"{family}.")))
+    layers = ["head_dense", "head_output"] if kind == "sequence_classifier" else ["head_output"]
+    assert report.new == tuple(f"{layer}/{part}" for layer in layers for part in ("bias", "kernel"))
+    assert_equal(params["encoder"], random_params(HEADS[head](MODELS[family].encoder))["encoder"])
+
+
+def test_a_classifier_begins_a_new_masked_lm_and_a_new_question_answerer(family, folder):
+    for kind in ("masked_lm", "question_answerer"):
+        _, report = load_head(folder, kind)
+        assert report.new
+        assert all(name.startswith("head_") for name in report.new)
+        assert set(last_layer(family, "weight")) < set(report.unused)
+
+
+def test_heads_of_the_same_names_are_told_apart_by_the_architecture(tmp_path):
+    folder, _ = save_head(tmp_path / "bert", "bert", "token_classifier")
+    with pytest.raises(UserError, match="is that of BertForTokenClassification, not of BertForSequenceClassification"):
+        load_head(folder, "sequence_classifier")
+    assert "head_output/bias" in load_head(folder, "sequence_classifier", new_head=True)[1].new
+    folder, _ = save_head(tmp_path / "roberta", "roberta", "token_classifier")
+    assert "head_dense/bias" in load_head(folder, "sequence_classifier")[1].new
+    folder, _ = save_head(tmp_path / "masked", "bert", "masked_lm")
+    edit_config(folder, architectures=["BertForPreTraining"])
+    assert load_head(folder, "masked_lm")[1].new == ()
+    assert "head_bias" in load_head(folder, "masked_lm", new_head=True)[1].new
+
+
+TIED = {
+    "bert": ["cls.predictions.decoder.bias", "cls.predictions.decoder.weight", "cls.seq_relationship.bias"],
+    "roberta": ["lm_head.decoder.bias", "lm_head.decoder.weight", "roberta.pooler.dense.bias"],
+    "distilbert": ["vocab_projector.weight"],
+}
+TIED["bert"] = ["bert.pooler.dense.weight", *TIED["bert"]]
+
+
+def test_tied_weights_and_the_pooler_are_unused_by_a_masked_lm(family, tmp_path):
+    folder, model = save_head(tmp_path / "model", family, "masked_lm")
+    edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(3, np.float32) for name in TIED[family]}))
+    params, report = load_head(folder, "masked_lm")
+    assert report == huggingface.Report((), tuple(TIED[family]))
+    assert_equal(params, random_params(model))
+
+
+def test_a_question_answerer_has_two_outputs(tmp_path):
+    folder, model = save_head(tmp_path / "model", "bert", "question_answerer")
+    edit_tensors(folder, lambda tensors: tensors.update({"qa_outputs.weight": np.zeros((3, 12), np.float32)}))
+    with pytest.raises(UserError, match=r"has 3 outputs \(qa_outputs.weight\), the model 2"):
+        load_head(folder, "question_answerer")
+    with pytest.raises(UserError, match="BertForQuestionAnswering has neither labels"):
+        huggingface.save(tmp_path / "other", model, random_params(model), labels=["a", "b"])
+
+
+def test_a_token_classifier_has_as_many_outputs_as_the_checkpoint_has_labels(tmp_path):
+    folder, _ = save_head(tmp_path / "model", "bert", "token_classifier")
+    assert huggingface.token_classifier(str(folder)).num_outputs == 4
+    edit_config(folder, drop=["id2label", "label2id"])
+    assert huggingface.token_classifier(str(folder)).num_outputs == 2
 
 
 # Layouts of the hub
@@ -352,8 +494,12 @@ def test_wrong_values_are_named(bert_folder):
         ({"num_attention_heads": 5}, "hidden_size 12 is not a multiple of num_heads 5"),
         ({"hidden_size": "12"}, "hidden_size='12' is of the wrong type"),
         ({"hidden_size": None}, "hidden_size=null"),
-        ({"model_type": "brt"}, r"model_type 'brt'; did you mean 'bert'\? \(there are: bert, distilbert, .*\)$"),
-        ({"model_type": "huggingface"}, "model_type 'huggingface'; there are: bert, distilbert, "),
+        ({"type_vocab_size": 0}, "type_vocab_size=0"),
+        (
+            {"model_type": "brt"},
+            r"model_type 'brt'; did you mean 'bert'\? \(there are: bert, distilbert, .*roberta.*\)$",
+        ),
+        ({"model_type": "huggingface"}, "model_type 'huggingface'; there are: bert, distilbert, .*roberta"),
     ]:
         before = (bert_folder / "config.json").read_text()
         edit_config(bert_folder, **change)
@@ -510,6 +656,10 @@ def test_training_options_never_stand_in_the_way_of_an_export(family, folder, tm
 
 
 def test_every_field_of_the_models_is_accounted_for(family):
-    kind = importlib.import_module(f"research.pretrained.{family}").FAMILY.kinds["sequence_classifier"]
-    untold = set(kind.fields(MODELS[family])) - set(kind.keys) - set(kind.constants)
-    assert untold == {"num_outputs", "dtype", "unroll", "remat"}
+    kinds = importlib.import_module(f"research.pretrained.{family}").FAMILY.kinds
+    models = {head: make(MODELS[family].encoder) for head, make in HEADS.items() if head in kinds}
+    for name, model in (models | {"sequence_classifier": MODELS[family]}).items():
+        untold = set(kinds[name].fields(model)) - set(kinds[name].keys) - set(kinds[name].constants)
+        free = {"num_outputs"} if name.endswith("classifier") else set()
+        free |= {"head_dropout"} if name == "question_answerer" and family != "distilbert" else set()
+        assert untold == {"dtype", "unroll", "remat"} | free

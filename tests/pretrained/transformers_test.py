@@ -160,6 +160,49 @@ def test_encoders_of_pretraining_checkpoints_load(family, head, tmp_path):
     assert_close(ours[real], states.numpy()[real], f"{family} {head or 'encoder'} states")
 
 
+HEADS = {
+    "masked_lm": ("MaskedLM", {}),
+    "masked_lm, untied": ("MaskedLM", {"tie_word_embeddings": False}),
+    "question_answerer": ("QuestionAnswering", {}),
+    "token_classifier": ("TokenClassification", {"num_labels": 5}),
+}
+
+
+def head_logits(model, arrays):
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        outputs = model(**{name: torch.tensor(array).long() for name, array in arrays.items()})
+    if "start_logits" in outputs:
+        return np.stack([outputs.start_logits.numpy(), outputs.end_logits.numpy()], axis=-1)
+    return outputs.logits.numpy()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_of_other_heads_equal_and_their_exports_load(family, head, activation, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    name, config = HEADS[head]
+    reference = peer(family, activation, name, noise=0.2, **config)
+    reference.save_pretrained(tmp_path / "theirs")
+    kind, path = head.partition(",")[0], str(tmp_path / "theirs")
+    model = huggingface.load_model(path, kind, **({"num_outputs": 5} if kind == "token_classifier" else {}))
+    shapes = jax.eval_shape(lambda key: model.init(key, np.zeros((1, 4), np.int32))["params"], jax.random.key(0))
+    params, report = huggingface.load_params(path, model, shapes)
+    assert report == huggingface.Report((), ())
+    arrays = batch(family)
+    real = arrays["attention_mask"].astype(bool)
+    ours = our_logits(model, params, arrays)[real]
+    assert_close(ours, head_logits(reference, arrays)[real], f"{family} {head} {activation}")
+
+    pad = {"pad_token_id": CONFIGS[family]["pad_token_id"]}
+    folder = huggingface.save(tmp_path / "ours", model, params, config=pad)
+    auto = getattr(transformers, f"AutoModelFor{name}")
+    loaded, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_close(ours, head_logits(loaded.eval(), arrays)[real], f"{family} {head} {activation}, exported")
+
+
 def flat(tree):
     return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 

@@ -1,0 +1,222 @@
+"""Text from a trained model, or straight from published weights."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from research import decoding, sharding
+from research.data.tokenizer import Tokenizer
+from research.detokenizer import Detokenizer, completion
+from research.errors import UserError, nearest
+from research.evaluate import restore_params
+from research.experiment import Experiment
+from research.task import Params
+
+# The features of all language tasks: what the spec of batches is where no run has recorded it.
+FEATURES = ("input_ids", "attention_mask", "targets", "decoder_input_ids", "decoder_attention_mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt.
+
+    Attributes:
+      number: its place among the prompts, from 0.
+      fields: what the output repeats.
+      ids: its tokens.
+      before: the tokens whose text the output follows without a break.
+    """
+
+    number: int
+    fields: Mapping[str, Any]
+    ids: Sequence[int]
+    before: Sequence[int]
+
+
+def run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    prompt: str = "",
+    input: str = "",
+    output: str = "-",
+    checkpoint: str = "",
+) -> None:
+    """Writes what follows one prompt, token by token, or every prompt of a file, batch by batch.
+
+    Args:
+      config: of the run; `decoding` says how, and `seed` makes samples repeatable: those of a prompt depend on its
+        place in the file, and not on the others.
+      workdir: the run's folder. If it holds no checkpoints, the weights that `config.init` names are taken.
+      prompt: a text.
+      input: a file instead, or "-" for stdin. Lines that begin with { are objects with a "prompt", or with "messages"
+        for the chat template; any other line is a prompt itself.
+      output: where the text goes, or for a file its objects with a "completion" each, in order; "-" is stdout.
+      checkpoint: "latest", "best" or a step; "" takes the best where the run keeps it.
+    """
+    if jax.process_count() > 1:
+        raise UserError("--mode=generate runs in one process")
+    if bool(prompt) == bool(input):
+        raise UserError("--prompt, --input: give a text to go on with, or a file of them; one, and only one")
+    if output != "-" and not pathlib.Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output: there is no folder {pathlib.Path(output).absolute().parent}")
+    lines = [(1, {"prompt": prompt})] if prompt else _read(input)
+    experiment = _experiment(config, workdir)
+    requests = [_request(experiment, i, *line, "--prompt" if prompt else "--input") for i, line in enumerate(lines)]
+    params = decoding.unstack(_params(experiment, workdir, checkpoint))
+    with open(output, "w", encoding="utf-8") if output != "-" else contextlib.nullcontext(sys.stdout) as file:
+        if prompt:
+            _stream(experiment, params, requests[0], file)
+            return
+        for request, text in _completions(experiment, params, requests):
+            file.write(json.dumps({**request.fields, "completion": text}, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def _experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
+    """Returns the objects of a config, checked to be able to generate, without a look at its training data."""
+    if not config.get("derived"):
+        spec = {name: {"shape": [1, 8], "dtype": "int32"} for name in FEATURES}
+        spec["target_mask"] = {"shape": [1, 8], "dtype": "float32"}
+        config = ConfigDict(config.to_dict())
+        config.derived = {"label_names": [], "num_steps": config.get("num_steps") or 1, "spec": spec}
+    experiment = Experiment(config, workdir=workdir)
+    if experiment.tokenizer is None:
+        raise UserError("config.tokenizer: it is missing, and generating text needs one")
+    decoding.check_model(experiment.task.model)
+    return experiment
+
+
+def _params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> Params:
+    """Returns the parameters of a checkpoint, or else the published ones that the run would have started from."""
+    if checkpoint or (workdir / "checkpoints").is_dir():
+        return restore_params(experiment, workdir, checkpoint)[1]
+    if not experiment.config.get("init"):
+        raise UserError(f"--workdir: {workdir} holds no checkpoints, and config.init names no weights")
+    print(f"{workdir} holds no checkpoints: generating with the weights that config.init names", file=sys.stderr)
+    params = experiment.pretrained()
+    if params is None or any(x is None for x in jax.tree.leaves(params, is_leaf=lambda x: x is None)):
+        raise UserError("config.init: the weights lack a part of the model, which would have to be trained")
+    return params
+
+
+def _request(experiment: Experiment, number: int, line: int, fields: Mapping[str, Any], flag: str) -> Request:
+    """Encodes a prompt; raises UserError naming its line."""
+    model, settings = experiment.task.model, experiment.decoding
+    try:
+        ids, before = _encode(experiment.tokenizer, fields, settings, hasattr(model, "encode"))
+        decoding.check_room(model, len(ids), settings)
+    except UserError as error:
+        if str(error).startswith("config.") or flag == "--prompt":
+            raise UserError(str(error) if str(error).startswith("config.") else f"--prompt: {error}") from None
+        raise UserError(f"--input: line {line}: {error}") from None
+    return Request(number, fields, ids, before)
+
+
+def _encode(
+    tokenizer: Tokenizer, fields: Mapping[str, Any], settings: decoding.Decoding, source: bool
+) -> tuple[list[int], list[int]]:
+    """Returns the tokens of a prompt, and those that the output's text is to be read after.
+
+    Args:
+      tokenizer: of the run.
+      fields: "prompt" or "messages".
+      settings: whether it is a user's turn, and whether a token comes before it.
+      source: whether it is for an encoder; then it ends with the end token, as `data.language.Seq2Seq` has it.
+    """
+    messages = fields.get("messages")
+    if messages is None and settings.chat:
+        messages = [{"role": "user", "content": fields["prompt"]}]
+    text = fields["prompt"] if messages is None else tokenizer.chat(messages, add_generation_prompt=True)
+    ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    if not ids:
+        raise UserError("the prompt is empty")
+    if source:
+        return [*ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])], []
+    if messages is not None:
+        return ids, []
+    if not settings.bos:
+        return ids, ids
+    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if begin is None:
+        raise UserError("config.decoding.bos: the tokenizer has no token that begins a text; set bos=False")
+    return [begin, *ids], ids
+
+
+def _stream(experiment: Experiment, params: Params, request: Request, file: TextIO) -> None:
+    """Writes the text of one prompt, and the end of its line."""
+    if experiment.decoding.num_beams > 1:  # which are not known to be the best ones before the end
+        file.writelines(text for _, text in _completions(experiment, params, [request]))
+    else:
+        stream = decoding.Stream(experiment.task.model, params, experiment.decoding, experiment.tokenizer)
+        text = Detokenizer(_writer(experiment), experiment.decoding.stop, request.before)
+        for token in stream(request.ids, _key(experiment)):
+            file.write(text.add([token]))
+            file.flush()
+            if text.ended:
+                break
+        file.write(text.close())
+    file.write("\n")
+    file.flush()
+
+
+def _completions(experiment: Experiment, params: Params, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+    model, settings, tokenizer = experiment.task.model, experiment.decoding, experiment.tokenizer
+    size = experiment.config.batch_size
+
+    @jax.jit
+    def generate(params: Params, batch: dict[str, jax.Array], rng: jax.Array) -> jax.Array:
+        rows = batch.pop("row")
+        return decoding.generate(model, params, batch, settings, tokenizer, rng, rows)
+
+    for start in range(0, len(requests), size):
+        part = requests[start : start + size]
+        full = [part[i % len(part)] for i in range(size)]  # so that it divides over the devices
+        batch = decoding.pad([request.ids for request in full], tokenizer.pad_id)
+        batch["row"] = np.array([request.number for request in full], np.int32)
+        tokens_BxN = jax.device_get(generate(params, sharding.place(batch, experiment.mesh, {}), _key(experiment)))
+        for request, tokens in zip(part, tokens_BxN):
+            yield request, completion(_writer(experiment), tokens, settings.stop, request.before)
+
+
+def _key(experiment: Experiment) -> jax.Array:
+    return jax.random.key(experiment.config.get("seed", 0))
+
+
+def _writer(experiment: Experiment) -> Tokenizer:
+    """Returns the tokenizer of what is generated; a task may have one that is not that of its inputs."""
+    return getattr(experiment.task, "tokenizer", None) or experiment.tokenizer
+
+
+def _read(path: str) -> list[tuple[int, dict[str, Any]]]:
+    """Returns the number, from 1, and the fields of every line that is not empty."""
+    if path != "-" and not pathlib.Path(path).is_file():
+        raise UserError(f"--input: there is no file {path}")
+    content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except ValueError as error:
+        raise UserError(f"--input: {path} is not UTF-8: {error}") from None
+    return [(number, _fields(line.rstrip("\r"), number)) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _fields(line: str, number: int) -> dict[str, Any]:
+    if not line.startswith("{"):
+        return {"prompt": line}
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"--input: line {number} is not JSON: {error}") from None
+    if ("prompt" in fields) == ("messages" in fields):
+        wrong = "both" if "prompt" in fields else f"neither{nearest('prompt', fields)}"
+        raise UserError(f"--input: line {number}: it needs a 'prompt' or 'messages'; it has {wrong}")
+    if not isinstance(fields.get("prompt", ""), str):
+        raise UserError(f"--input: line {number}: its prompt is no text")
+    return fields

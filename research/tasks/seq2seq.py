@@ -1,0 +1,69 @@
+"""From one text to another, by an encoder-decoder: translation, summarisation, span corruption and prefix LM alike."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from research.data.tokenizer import Tokenizer
+from research.decoding import Decoding, generate
+from research.metrics import Mean
+from research.task import Batch, Params, Spec
+from research.tasks import tokens
+
+INPUTS = (
+    *("input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask"),
+    *("positions", "decoder_positions"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2Seq:
+    """An encoder-decoder, the cross-entropy of the target's tokens, and the search for the likeliest target.
+
+    The batch holds what INPUTS name, masks and positions where there are any, "targets", the token after each of
+    "decoder_input_ids", and "target_mask", which of them count.
+
+    Attributes:
+      model: the Linen module, with methods `encode`, `decode`, `hidden` and `logits`; see `models.encoder_decoder`.
+      label_smoothing: share of the probability spread evenly over the vocabulary, in training.
+      logits_chunk: positions whose logits exist at once; 0 for all.
+      tokenizer: to put outputs in words.
+      decoding: how `predict` searches.
+    """
+
+    model: nn.Module
+    label_smoothing: float = 0.0
+    logits_chunk: int = 0
+    tokenizer: Tokenizer | None = None
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
+
+    def init(self, rng: jax.Array, spec: Spec) -> Params:
+        """Returns new float32 parameters; raises UserError if a feature is missing."""
+        tokens.check(spec, ("input_ids", "decoder_input_ids", "targets", "target_mask"))
+        return tokens.init(self.model, rng, spec, INPUTS)
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
+        """Returns the mean cross-entropy over the targets, in nats, with dropout, and the share predicted right."""
+        means = self._score(params, batch, {"dropout": rng}, self.label_smoothing)
+        return means["loss"], {"accuracy": means["accuracy"]}
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
+        """Returns "loss", without dropout or smoothing, and "accuracy"."""
+        return self._score(params, batch, {}, 0.0)
+
+    def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Returns the "tokens" int32 [B, N] that `decoding` finds; padding follows the end token."""
+        return {"tokens": generate(self.model, params, batch, self.decoding, self.tokenizer, rng)}
+
+    def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Returns one output as text."""
+        return {"prediction": tokens.text(self.tokenizer, output["tokens"].tolist())}
+
+    def _score(
+        self, params: Params, batch: Batch, rngs: dict[str, jax.Array], label_smoothing: float
+    ) -> dict[str, Mean]:
+        hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, rngs)
+        return tokens.score(self.model, params, hidden_BxTxD, batch, label_smoothing, self.logits_chunk)

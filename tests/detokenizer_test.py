@@ -1,0 +1,54 @@
+"""Text out of tokens as they come: nothing is shown that a later token would change."""
+
+import pytest
+
+from research.data import tokenizer
+from research.detokenizer import Detokenizer, completion
+
+BYTES = tokenizer.byte_level()
+TEXT = "naïve 映画 🎬, done. STOP here"
+
+
+def ids(text):
+    return BYTES.backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("stop", [(), ("STOP",), ("STOP", ", done"), ("映画",), ("🎬, d", "nowhere"), ("SS", "STOPS")])
+def test_pieces_make_the_text_before_the_first_stop(stop):
+    detokenizer = Detokenizer(BYTES, stop)
+    pieces = []
+    for id in ids(TEXT):
+        pieces.append(detokenizer.add([id]))
+        assert "\ufffd" not in pieces[-1]
+        if detokenizer.ended:
+            break
+    pieces.append(detokenizer.close())
+    expected = TEXT[: min([TEXT.find(text) for text in stop if text in TEXT], default=len(TEXT))]
+    assert "".join(pieces) == expected == completion(BYTES, ids(TEXT), stop)
+    assert detokenizer.ended == (expected != TEXT)
+    assert detokenizer.add(ids("more")) == ("" if detokenizer.ended else "more")
+
+
+def test_text_is_held_back_no_longer_than_it_must_be():
+    detokenizer = Detokenizer(BYTES, ("abc",))
+    assert [detokenizer.add(ids(letter)) for letter in "xababd"] == ["x", "", "", "ab", "", "abd"]
+    assert detokenizer.add(ids("a")) == ""
+    assert detokenizer.close() == "a"
+
+
+def test_bytes_that_are_no_text_come_at_the_end():
+    detokenizer = Detokenizer(BYTES)
+    half = ids("é")[:1]
+    assert detokenizer.add(half) == ""
+    assert detokenizer.close() == "\ufffd"
+
+
+def test_an_end_token_ends_the_text():
+    assert completion(BYTES, [*ids("ab"), BYTES.eos_id, *ids("c")]) == "ab"
+
+
+def test_the_space_after_the_prompt():
+    trained = tokenizer.train([{"text": "some words and more words"}] * 3, kind="unigram", vocab_size=40)
+    prompt, rest = (trained.backend.encode(t, add_special_tokens=False).ids for t in ("some words", "and more words"))
+    assert completion(trained, rest, prompt=prompt) == " and more words"
+    assert completion(trained, rest) == "and more words"
