@@ -46,15 +46,15 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
             labels=labels,
             problem_type=PROBLEMS.get(getattr(experiment.task, "objective", "")),
             tokenizer_files=tokenizer.save(pathlib.Path(temporary)) if tokenizer else (),
-            config=special_tokens(model, tokenizer) if tokenizer else {},
+            config=special_tokens(model, tokenizer, experiment.decoding.decoder_start_id) if tokenizer else {},
         )
     print(f"wrote the checkpoint of step {step} to {folder}")
     return folder
 
 
-def special_tokens(model: nn.Module, tokenizer: Tokenizer) -> dict[str, int]:
+def special_tokens(model: nn.Module, tokenizer: Tokenizer, decoder_start_id: int | None) -> dict[str, int]:
     """Returns what config.json says of the tokenizer's special tokens, which Transformers generates with."""
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("pad", "bos", "eos")}
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos")}
     if isinstance(model, EncoderDecoder):
-        ids["decoder_start_token_id"] = tokenizer.pad_id  # T5's convention and Marian's
+        ids["decoder_start_token_id"] = tokenizer.pad_id if decoder_start_id is None else decoder_start_id
     return {name: number for name, number in ids.items() if number is not None}

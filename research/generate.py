@@ -67,9 +67,9 @@ def run(
         raise UserError("--prompt, --input: give a text to go on with, or a file of them; one, and only one")
     if output != "-" and not pathlib.Path(output).absolute().parent.is_dir():
         raise UserError(f"--output: there is no folder {pathlib.Path(output).absolute().parent}")
-    lines = [(1, {"prompt": prompt})] if prompt else _read(input)
+    lines = [("--prompt", {"prompt": prompt})] if prompt else _read(input)
     experiment = _experiment(config, workdir)
-    requests = [_request(experiment, i, *line, "--prompt" if prompt else "--input") for i, line in enumerate(lines)]
+    requests = [_request(experiment, i, *line) for i, line in enumerate(lines)]
     params = decoding.unstack(_params(experiment, workdir, checkpoint))
     with open(output, "w", encoding="utf-8") if output != "-" else contextlib.nullcontext(sys.stdout) as file:
         if prompt:
@@ -107,16 +107,15 @@ def _params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> P
     return params
 
 
-def _request(experiment: Experiment, number: int, line: int, fields: Mapping[str, Any], flag: str) -> Request:
-    """Encodes a prompt; raises UserError naming its line."""
+def _request(experiment: Experiment, number: int, place: str, fields: Mapping[str, Any]) -> Request:
+    """Encodes a prompt; raises UserError naming its place."""
     model, settings = experiment.task.model, experiment.decoding
     try:
         ids, before = _encode(experiment.tokenizer, fields, settings, hasattr(model, "encode"))
         decoding.check_room(model, len(ids), settings)
     except UserError as error:
-        if str(error).startswith("config.") or flag == "--prompt":
-            raise UserError(str(error) if str(error).startswith("config.") else f"--prompt: {error}") from None
-        raise UserError(f"--input: line {line}: {error}") from None
+        place = "" if str(error).startswith("config.") else f"{place}: "
+        raise UserError(f"{place}{error}") from None
     return Request(number, fields, ids, before)
 
 
@@ -195,8 +194,8 @@ def _writer(experiment: Experiment) -> Tokenizer:
     return getattr(experiment.task, "tokenizer", None) or experiment.tokenizer
 
 
-def _read(path: str) -> list[tuple[int, dict[str, Any]]]:
-    """Returns the number, from 1, and the fields of every line that is not empty."""
+def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the place and the fields of every line that is not empty."""
     if path != "-" and not pathlib.Path(path).is_file():
         raise UserError(f"--input: there is no file {path}")
     content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
@@ -204,19 +203,20 @@ def _read(path: str) -> list[tuple[int, dict[str, Any]]]:
         lines = content.decode("utf-8-sig").split("\n")
     except ValueError as error:
         raise UserError(f"--input: {path} is not UTF-8: {error}") from None
-    return [(number, _fields(line.rstrip("\r"), number)) for number, line in enumerate(lines, start=1) if line.strip()]
+    places = ((f"--input: line {number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1))
+    return [(place, _fields(line, place)) for place, line in places if line.strip()]
 
 
-def _fields(line: str, number: int) -> dict[str, Any]:
+def _fields(line: str, place: str) -> dict[str, Any]:
     if not line.startswith("{"):
         return {"prompt": line}
     try:
         fields = json.loads(line)
     except ValueError as error:
-        raise UserError(f"--input: line {number} is not JSON: {error}") from None
+        raise UserError(f"{place} is not JSON: {error}") from None
     if ("prompt" in fields) == ("messages" in fields):
         wrong = "both" if "prompt" in fields else f"neither{nearest('prompt', fields)}"
-        raise UserError(f"--input: line {number}: it needs a 'prompt' or 'messages'; it has {wrong}")
+        raise UserError(f"{place}: it needs a 'prompt' or 'messages'; it has {wrong}")
     if not isinstance(fields.get("prompt", ""), str):
-        raise UserError(f"--input: line {number}: its prompt is no text")
+        raise UserError(f"{place}: its prompt is no text")
     return fields

@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 
 from research import export
 from research.data import tokenizer
+from research.decoding import Decoding
+from research.models import bert
+from research.models.encoder_decoder import EncoderDecoder
 from research.models.gpt import Decoder
 from research.pretrained import huggingface
 
@@ -40,7 +43,9 @@ def params():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     task = types.SimpleNamespace(model=MODEL)
-    experiment = types.SimpleNamespace(task=task, tokenizer=Text(tokenizer.byte_level()), label_names=())
+    experiment = types.SimpleNamespace(
+        task=task, tokenizer=Text(tokenizer.byte_level()), label_names=(), decoding=Decoding()
+    )
     monkeypatch.setattr(export, "Experiment", lambda *_, **__: experiment)
     monkeypatch.setattr(export, "restore_params", lambda *_: (7, params()[1]))
     return export.run(ConfigDict(), tmp_path)
@@ -73,3 +78,16 @@ def test_transformers_generates_from_the_export(folder):
         logits = MODEL.apply({"params": params()[1]}, np.concatenate([ids, np.array([got], ids.dtype)], axis=1))
         got.append(int(logits[0, -1].argmax()))
     assert got == want
+
+
+@pytest.mark.parametrize(
+    ("model", "start", "more"),
+    [
+        (bert.MaskedLM(bert.Encoder()), None, {}),
+        (EncoderDecoder(), None, {"decoder_start_token_id": 3}),
+        (EncoderDecoder(), 5, {"decoder_start_token_id": 5}),
+    ],
+)
+def test_special_tokens_are_those_of_the_tokenizer(model, start, more):
+    special = types.SimpleNamespace(pad_id=3, bos_id=None, eos_id=0)
+    assert export.special_tokens(model, special, start) == {"pad_token_id": 3, "eos_token_id": 0} | more

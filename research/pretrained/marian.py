@@ -127,6 +127,11 @@ FAMILY = Family(
         *_side("decoder"),
         Tensor(("head_bias",), "final_logits_bias", Layout(lambda x: [x[0]], lambda x: x[np.newaxis]), part="bias"),
     ],
+    copies={
+        "model.encoder.embed_tokens.weight": "model.shared.weight",
+        "model.decoder.embed_tokens.weight": "model.shared.weight",
+        "lm_head.weight": "model.shared.weight",
+    },
     only={
         "share_encoder_decoder_embeddings": True,
         "tie_word_embeddings": True,

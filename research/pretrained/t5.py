@@ -138,6 +138,11 @@ FAMILY = Family(
         # Transformers 5 leaves it out where it equals the word table, also of models that need not have them equal.
         _linear("head", "lm_head", instead="shared.weight"),
     ],
+    copies={
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+        "lm_head.weight": "shared.weight",
+    },
     only={"is_decoder": False, "is_encoder_decoder": True, "quantization_config": {}},
     unused=[
         r"(encoder|decoder)\.embed_tokens\.weight",

@@ -173,3 +173,83 @@ def test_each_dropout_rate_is_used_and_only_with_a_key(rate):
     still = apply(with_rates(), params, ids, rngs=key)
     np.testing.assert_allclose(apply(model, params, ids), still, atol=1e-6)
     assert not np.allclose(apply(model, params, ids, rngs=key), still, atol=1e-3)
+
+
+# Other heads
+
+
+def heads(**rates):
+    encoder = bert.Encoder(**SIZES, dropout=0.0, attention_dropout=0.0)
+    return {
+        "masked_lm": bert.MaskedLM(encoder),
+        "masked_lm, untied": bert.MaskedLM(encoder, "relu", tie_embeddings=False),
+        "question_answerer": bert.QuestionAnswerer(encoder, **rates),
+        "token_classifier": bert.TokenClassifier(encoder, 5, **rates),
+    }
+
+
+def normalise(x):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+
+
+@pytest.mark.parametrize("name", heads())
+def test_other_heads_follow_their_formulas(name):
+    model, ids = heads()[name], tokens(size=2)
+    params, mask = random_params(model), np.ones_like(ids)
+    mask[1, 6:] = 0
+    states = np.asarray(apply(model.encoder, params["encoder"], ids, mask))
+    if name.startswith("masked_lm"):
+        dense, norm = params["head_dense"], params["head_norm"]
+        hidden = states @ dense["kernel"] + dense["bias"]
+        hidden = (
+            np.maximum(hidden, 0) if name.endswith("untied") else np.asarray(jax.nn.gelu(hidden, approximate=False))
+        )
+        hidden = normalise(hidden) * norm["scale"] + norm["bias"]
+        table = params["encoder"]["embeddings"]["word"]["embedding"].T
+        expected = (
+            hidden @ (params["head_output"]["kernel"] if name.endswith("untied") else table) + params["head_bias"]
+        )
+    else:
+        expected = states @ params["head_output"]["kernel"] + params["head_output"]["bias"]
+    ours = apply(model, params, ids, mask)
+    assert ours.dtype == jnp.float32
+    assert ours.shape == (2, 10, {"m": SIZES["vocab_size"], "q": 2, "t": 5}[name[0]])
+    np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@functools.partial(jit, static_argnums=0, static_argnames="method")
+def call(model, params, *arguments, method):
+    return model.apply({"params": params}, *arguments, method=method)
+
+
+def test_a_masked_lm_scores_some_tokens_as_it_scores_all():
+    model, ids = heads()["masked_lm"], tokens()
+    params = random_params(model)
+    hidden = call(model, params, ids, method="hidden")
+    some = call(model, params, hidden[:, 2:4], method="logits")
+    np.testing.assert_allclose(some, apply(model, params, ids)[:, 2:4], atol=1e-4)
+
+
+def test_a_masked_lm_of_packed_documents_is_that_of_each_by_itself():
+    model, first, second = heads()["masked_lm"], tokens(0, 2, 4), tokens(1, 2, 5)
+    params = random_params(model)
+    ids = np.concatenate([first, second, np.full((2, 3), PAD, np.int32)], axis=1)
+    numbers = np.broadcast_to(np.repeat([1, 2, 0], [4, 5, 3]), ids.shape)
+    positions = np.broadcast_to(np.concatenate([np.arange(4), np.arange(5), np.zeros(3, int)]), ids.shape)
+    packed = apply(model, params, ids, numbers, None, positions)
+    np.testing.assert_allclose(packed[:, :4], apply(model, params, first), atol=1e-4)
+    np.testing.assert_allclose(packed[:, 4:9], apply(model, params, second), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["question_answerer", "token_classifier"])
+def test_the_head_dropout_of_tokens_is_used_and_only_with_a_key(name):
+    model, ids, key = heads(head_dropout=0.5)[name], tokens(), {"dropout": jax.random.key(0)}
+    params = random_params(model)
+    still = apply(heads(head_dropout=0.0)[name], params, ids, rngs=key)
+    np.testing.assert_allclose(apply(model, params, ids), still, atol=1e-6)
+    assert not np.allclose(apply(model, params, ids, rngs=key), still, atol=1e-3)
+
+
+def test_a_question_answerer_drops_nothing_unless_it_is_told_to():
+    assert heads()["question_answerer"].head_dropout == 0.0
+    assert heads()["token_classifier"].head_dropout == 0.1

@@ -243,10 +243,18 @@ def test_duplicates_of_the_word_table_are_unused(name, folder):
     copies["t5 v1.1"] = copies["t5"][:2]
     positions = [f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")]
     copies["marian"] = copies["transformer"] = ["lm_head.weight", "model.encoder.embed_tokens.weight", *positions]
-    edit_tensors(folder, lambda tensors: tensors.update({key: np.zeros(3, np.float32) for key in copies[name]}))
+    word = random_params(MODELS[name])["word"]["embedding"]
+    edit_tensors(folder, lambda tensors: tensors.update({key: word.copy() for key in copies[name]}))
     _, params, report = load(folder)
     assert report == huggingface.Report((), tuple(sorted(copies[name])))
     assert_equal(params, random_params(MODELS[name]))
+
+
+def test_a_word_table_of_the_decoders_own_is_not_left_unread_silently(name, folder):
+    ours = "decoder.embed_tokens.weight" if name.startswith("t5") else "model.decoder.embed_tokens.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({ours: np.zeros((31, 12), np.float32)}))
+    with pytest.raises(UserError, match=rf"holds a {ours} other than (model\.)?shared\.weight"):
+        load(folder)
 
 
 def test_an_output_layer_that_is_left_out_is_the_word_table(tmp_path):
