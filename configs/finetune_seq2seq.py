@@ -101,8 +101,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
         embedding_scale=1.0,
         logits_scale=32**-0.5,
     )
-    for node in (config.data, config.evals.test.data):
-        node.length_buckets, node.decoder_length_buckets = 1, 1
     config = tiny_documents(config, length=32, fields=("source", "target"))
     config.decoding.update(num_beams=2, max_new_tokens=8)
     return config

@@ -137,7 +137,7 @@ def recipe(config: ConfigDict, size: str) -> ConfigDict:
 def tiny(config: ConfigDict) -> ConfigDict:
     config = recipe(config, "smollm2_135m")
     model = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, max_positions=32)
-    config.task.model.update(model)
+    config.task.model.update(model, dtype="float32")
     config.task.logits_chunk = 16
     return tiny_documents(config, length=32)
 

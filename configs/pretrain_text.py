@@ -128,24 +128,22 @@ def mlm(config: ConfigDict) -> ConfigDict:
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    config.task.model.update(TINY, unroll=1)
-    return tiny_text(config)
+    tokenizer = config.tokenizer
+    config.task.model.update(TINY)
+    config.data.pack = 32
+    config = tiny_documents(config, length=32)
+    config.tokenizer = tokenizer
+    config.tokenizer.source = config.data.source
+    config.tokenizer.vocab_size = 260
+    return config
 
 
 def mlm_tiny(config: ConfigDict) -> ConfigDict:
     config = mlm(config)
     config.task.model.encoder.update(TINY, initializer_range=0.2, unroll=1)
-    return tiny_text(config)
-
-
-def tiny_text(config: ConfigDict) -> ConfigDict:
-    tokenizer = config.tokenizer
+    config.task.max_predictions = 8
     config.data.pack = 32
-    config = tiny_documents(config, length=32)
-    config.tokenizer = tokenizer
-    config.tokenizer.source = config.data.source
-    config.tokenizer.vocab_size = 300
-    return config
+    return tiny_documents(config, length=32)
 
 
 TINY = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64)

@@ -102,7 +102,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.task.model.update(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, dtype="float32")
     config.optimizer.average = 0.9
     config.decoding.update(num_beams=2, max_new_tokens=8)
-    config.evals.test.data.length_buckets = 1
     return tiny_documents(config, length=32, fields=("en", "de"))
 
 

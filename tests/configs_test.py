@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets
 from flax.traverse_util import flatten_dict
 
-from research import assets, overrides, train
+from research import assets, figures, overrides, train
 from research.build import build
 from research.data import source, tokenizer
 from research.experiment import Experiment
@@ -44,18 +44,9 @@ TINY = [key for key in CONFIGS if key[1].endswith("tiny")]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    """Compiles once for all, as many tiny variants are the same program, and in little time."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp().parent / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    """Compiles once for all: many tiny variants are the same program."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp().parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +192,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("key", CONFIGS, ids="-".join)
+@pytest.mark.parametrize("key", [key for key in CONFIGS if key not in TINY], ids="-".join)
 def test_builds_and_its_step_has_shapes(key, offline):
     config = get_config(key)
     own_files(config, offline)
@@ -233,23 +224,32 @@ def test_builds_and_its_step_has_shapes(key, offline):
         assert all(x is not None for path, x in flatten_dict(loaded).items() if not path[0].startswith("head_"))
 
 
+# What a tiny variant must exceed, about what guessing gives; accuracy where it is not that of tokens.
+CHANCE = {"accuracy": 0.5, "f1": 0.67, "macro_f1": 0.5, "matthews": 0.1, "pearson": 0.1, "spearman": 0.1}
+CHANCE |= {"exact_match": 0.5, "exact": 0.5}
+PERPLEXITY = 100  # of about 260 tokens
+
+
 @pytest.mark.parametrize("key", TINY, ids="-".join)
 def test_tiny_learns(key, tmp_path, monkeypatch):
     def fetch(*arguments):
         raise AssertionError(f"it asked for {arguments}")
 
     monkeypatch.setattr(assets, "resolve", fetch)
+    if key != TINY[0]:
+        monkeypatch.setattr(figures, "curves", lambda *_, **__: None)  # they take longer to draw than all else
     result = train.run(get_config(key), tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses[-1] < losses[0]
     metrics = {name.split("/")[1]: value for name, value in result["metrics"].items()}
-    chance = {"accuracy": 0.5, "f1": 0.67, "macro_f1": 0.5, "matthews": 0.1, "pearson": 0.1, "spearman": 0.1}
-    chance |= {"exact_match": 0.5, "exact": 0.5}
+    classifies = "classif" in get_config(key).task.call
     for name, value in metrics.items():
-        assert value > chance.get(name, -math.inf), metrics
+        least = CHANCE.get(name, -math.inf) if name != "accuracy" or classifies else 0
+        assert value > least, metrics
+    assert metrics.get("perplexity", 0) < PERPLEXITY
     assert list((tmp_path / "run" / "checkpoints").iterdir())
-    assert (tmp_path / "run" / "figures" / "curves.png").stat().st_size
+    assert key != TINY[0] or (tmp_path / "run" / "figures" / "curves.png").stat().st_size
 
 
 def write_table(path, columns, rows=40):
