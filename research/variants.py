@@ -117,6 +117,7 @@ def tiny_documents(config: ConfigDict, length: int, fields: Sequence[str] = ("te
         for key in ("pack", "pack_decoder"):
             if key in node:
                 node[key] = length
+        node.length_buckets = node.decoder_length_buckets = 1  # and one shape to compile
         node.window = 3
         for op in node.ops:
             for key in ("max_length", "decoder_max_length"):
