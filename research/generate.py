@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -168,7 +169,8 @@ def _stream(experiment: Experiment, params: Params, request: Request, file: Text
 
 def _completions(experiment: Experiment, params: Params, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
     model, settings, tokenizer = experiment.task.model, experiment.decoding, experiment.tokenizer
-    size = experiment.config.batch_size
+    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    size = min(experiment.config.batch_size, math.ceil(len(requests) / ways) * ways)
 
     @jax.jit
     def generate(params: Params, batch: dict[str, jax.Array], rng: jax.Array) -> jax.Array:
@@ -177,7 +179,7 @@ def _completions(experiment: Experiment, params: Params, requests: Sequence[Requ
 
     for start in range(0, len(requests), size):
         part = requests[start : start + size]
-        full = [part[i % len(part)] for i in range(size)]  # so that it divides over the devices
+        full = [part[i % len(part)] for i in range(size)]  # one shape, that divides over the devices
         batch = decoding.pad([request.ids for request in full], tokenizer.pad_id)
         batch["row"] = np.array([request.number for request in full], np.int32)
         tokens_BxN = jax.device_get(generate(params, sharding.place(batch, experiment.mesh, {}), _key(experiment)))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from research import generate, main, train
+from research import decoding, generate, main, train
 from research.data import tokenizer
 from research.decoding import Decoding
+from research.detokenizer import completion
 from research.errors import UserError
 from research.models.encoder_decoder import EncoderDecoder
 from research.models.gpt import Decoder
@@ -162,31 +163,22 @@ def test_published_weights_need_no_run(tmp_path, capsys):
         generate.run(settings, tmp_path / "none", prompt="ab")
 
 
-TASK = """
-import dataclasses
-import jax.numpy as jnp
-
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    model: object
-
-    def init(self, rng, spec):
-        zeros = jnp.zeros(spec["decoder_input_ids"].shape, jnp.int32)
-        return self.model.init(rng, zeros, zeros)["params"]
-"""
-
-
-def test_encoder_decoders_read_the_prompt(tmp_path, capsys, monkeypatch):
+def test_encoder_decoders_read_the_prompt(tmp_path, capsys):
     t5 = {"positions": "relative", "norm": "rms", "norm_first": True, "use_bias": False, "embedding_scale": 1.0}
     model = EncoderDecoder(260, **SIZES, **t5, logits_scale=32**-0.5)
     params = jax.jit(model.init)(jax.random.key(0), *[np.zeros((1, 4), np.int32)] * 2)["params"]
     folder = huggingface.save(tmp_path / "weights", model, params)
-    (tmp_path / "pairs_task.py").write_text(TASK)
-    monkeypatch.syspath_prepend(tmp_path)
     call = {"call": "research.pretrained.huggingface.load_model", "path": str(folder), "kind": "encoder_decoder"}
-    settings = config(task={"call": "pairs_task.Pairs", "model": call}, init={"path": str(folder)})
+    settings = config(task={"call": "research.tasks.seq2seq.Seq2Seq", "model": call}, init={"path": str(folder)})
+    settings.decoding = {"max_new_tokens": 5, "num_beams": 2}
     generate.run(settings, tmp_path / "none", prompt="hi")
-    assert capsys.readouterr().out.endswith("\n")
+    ids = np.array([[*tokenizer.byte_level().backend.encode("hi", add_special_tokens=False).ids, 2]], np.int32)
+    beams = Decoding(max_new_tokens=5, num_beams=2)
+    search = jax.jit(
+        lambda params, ids: decoding.generate(model, params, {"input_ids": ids}, beams, tokenizer.byte_level())
+    )
+    tokens = search(params, ids)
+    assert capsys.readouterr().out == completion(tokenizer.byte_level(), tokens[0]) + "\n"
 
 
 MISTAKES = {
