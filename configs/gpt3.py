@@ -64,6 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=1000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=10_000)
+    config.decoding = dict(max_new_tokens=200, temperature=0.8, top_p=0.95)
     return choose(variant, VARIANTS, config)
 
 

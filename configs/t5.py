@@ -78,6 +78,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=5000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=20_000)
+    config.decoding = dict(max_new_tokens=114)
     return choose(variant, VARIANTS, config)
 
 
