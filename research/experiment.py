@@ -120,8 +120,10 @@ class Experiment:
         """The training data."""
         if self._source is None:
             return build(self.config.data, "config.data", **self._basics)
-        node = {key: value for key, value in self.config.data.items() if key != "source"}
-        return build(node, "config.data", source=self._source, **self._basics)
+        # The source goes to the dataset alone, and not by name to whatever asks for one.
+        node = {key: value for key, value in self.config.data.items() if key not in ("call", "source")}
+        arguments = build(node, "config.data", **self._basics) | {"source": self._source}
+        return invoke(locate(self.config.data["call"], "config.data"), arguments, "config.data", **self._basics)
 
     @functools.cached_property
     def derived(self) -> dict[str, Any]:

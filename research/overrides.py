@@ -153,8 +153,10 @@ def _parameters(node: Mapping[str, Any] | ConfigDict, name: str) -> dict[str, An
     if name == "config":
         return dict.fromkeys(KEYS)
     call = node.get("call") or SECTIONS.get(name.removeprefix("config."))
-    signature = inspect.signature(locate(call, name)) if call else None
-    return {key: parameter.default for key, parameter in signature.parameters.items()} if signature else {}
+    if not call:
+        return {}
+    parameters = inspect.signature(locate(call, name)).parameters
+    return {"call": call} | {key: parameter.default for key, parameter in parameters.items()}
 
 
 def _parse(text: str, kind: type, old: Any, path: str) -> Any:

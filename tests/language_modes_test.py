@@ -1,4 +1,4 @@
-"""Question answering and token classification as the command line runs them: train, then predict for other lines."""
+"""Language tasks as the command line runs them: train, then predict for other lines."""
 
 import json
 import pathlib
@@ -62,3 +62,35 @@ def test_entities(tmp_path):
         {"label": "LOC", "text": "Oslo", "start": 4, "end": 5},
     ]
     assert found[1]["entities"] == found[1]["labels"] == []
+
+
+def test_masked_language_models_fill_in_and_are_started_from(tmp_path, capsys):
+    run = tmp_path / "run"
+    trained("bert_pretraining.py:tiny", run)
+    found = predict(run, [{"text": "the [MASK]at sat"}, {"text": "the dog"}], tmp_path)
+    (choices,) = found[0]["masks"]
+    assert len(choices) == 5
+    assert sum(choices.values()) < 1
+    flags = ["--config.init.call=research.transfer.load_params", f"--config.init.path={run}"]
+    config = f"--config={CONFIGS}/small_bert_snippets.py:tiny"
+    assert main.main([config, f"--workdir={tmp_path}/tuned", "--config.init={}", *flags]) == 0
+    # The pretrained encoder learns on; only the head is new.
+    assert "newly initialised, as the weights hold none: head_dense/bias" in capsys.readouterr().err
+    assert main.main([config, f"--workdir={tmp_path}/other", "--config.init={}", *flags, "--config.init.new=[]"]) == 2
+    assert "has no parameter head_output/" in capsys.readouterr().err
+
+
+def test_causal_language_models_say_how_likely_a_text_is(tmp_path):
+    trained("jane_austen_gpt.py:tiny", tmp_path / "run")
+    likely, unlikely = predict(tmp_path / "run", [{"text": "the cat sat"}, {"text": "qqqqzzzzxxx"}], tmp_path)
+    assert likely["tokens"] == unlikely["tokens"] == 12  # with the end
+    assert likely["perplexity"] < unlikely["perplexity"] / 2
+
+
+@pytest.mark.parametrize("config", ["libreoffice_translation.py:tiny", "chat_translation.py:tiny"])
+def test_texts_that_are_written(config, tmp_path):
+    trained(config, tmp_path / "run")
+    rows = [{"source": "the cat sat"}, {"source": "the dog"}]
+    found = predict(tmp_path / "run", rows, tmp_path)
+    assert [row["source"] for row in found] == [row["source"] for row in rows]
+    assert all(isinstance(row["prediction"], str) for row in found)

@@ -1,5 +1,6 @@
 """Conversations as the examples of a causal language model that learns the answers only."""
 
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,16 +14,23 @@ class Messages:
     """Makes a conversation of an example's fields, by templates such as "Translate into German: {source}"."""
 
     def __init__(self, user: str, assistant: str = "", system: str = ""):
-        """Takes what each role says; a role that says nothing is left out, and an assistant that is, is asked."""
+        """Takes what each role says; a role that says nothing is left out.
+
+        So is the answer where an example lacks a field that it is made of: the conversation is then a question.
+        """
         self._templates = {"system": system, "user": user, "assistant": assistant}
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         """Returns the example with the field `messages`."""
-        try:
-            said = {role: template.format_map(example) for role, template in self._templates.items() if template}
-        except KeyError as error:
-            raise UserError(f"an example has no field {error}{nearest(str(error.args[0]), example)}") from None
-        return example | {"messages": [{"role": role, "content": content} for role, content in said.items()]}
+        messages = []
+        for role, template in self._templates.items():
+            fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+            missing = [field for field in fields if field not in example]
+            if missing and role != "assistant":
+                raise UserError(f"an example has no field '{missing[0]}'{nearest(missing[0], example)}")
+            if template and not missing:
+                messages.append({"role": role, "content": template.format_map(example)})
+        return example | {"messages": messages}
 
 
 class ChatTokens:

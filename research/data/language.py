@@ -141,7 +141,8 @@ class MaskTokens:
 
     Of the tokens that are no special ones a share is chosen, rounded, and at least one; of the chosen ones 80 % become
     the mask token, 10 % any ordinary token, and 10 % stay. Makes `targets` (the original ids) and `target_mask` (1 at
-    the chosen ones), and changes `input_ids`.
+    the chosen ones), and changes `input_ids`. In a text that holds mask tokens already, those are the chosen ones: they
+    are what a prediction is asked for.
 
     Attributes:
       padding: what fills each feature up.
@@ -167,12 +168,14 @@ class MaskTokens:
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Returns the example with some of its tokens hidden."""
         targets = np.asarray(example["input_ids"], np.int32)
-        candidates = np.flatnonzero(~np.isin(targets, self._special))
-        chosen = self._choose(candidates, example, rng) if len(candidates) else candidates
-        draws = rng.random(len(chosen))
-        replaced = np.where(draws < 0.8, self._mask, rng.choice(self._ordinary, len(chosen)))
         input_ids = targets.copy()
-        input_ids[chosen] = np.where(draws < 0.9, replaced, targets[chosen])
+        chosen = np.flatnonzero(targets == self._mask)
+        candidates = np.flatnonzero(~np.isin(targets, self._special))
+        if not len(chosen) and len(candidates):
+            chosen = self._choose(candidates, example, rng)
+            draws = rng.random(len(chosen))
+            replaced = np.where(draws < 0.8, self._mask, rng.choice(self._ordinary, len(chosen)))
+            input_ids[chosen] = np.where(draws < 0.9, replaced, targets[chosen])
         mask = np.zeros(len(targets), np.float32)
         mask[chosen] = 1
         return example | {"input_ids": input_ids, "targets": targets, "target_mask": mask}

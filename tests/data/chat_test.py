@@ -51,6 +51,25 @@ def test_the_loss_is_on_the_answers_and_their_ends(tokens):
     assert dtypes == {"input_ids": "int32", "targets": "int32", "target_mask": "float32", "attention_mask": "int32"}
 
 
+def test_a_conversation_without_an_answer_is_a_question(tokens):
+    (made,) = ChatTokens(tokens)({"messages": MESSAGES[:2]})
+    assert set(made) == {"messages", "input_ids", "attention_mask"}
+    asked = tokens.chat(MESSAGES[:2], add_generation_prompt=True)
+    assert tokens.decode(made["input_ids"], skip_special=False) == asked
+    (short,) = ChatTokens(tokens, max_length=5)({"messages": MESSAGES[:2]})
+    np.testing.assert_array_equal(short["input_ids"], made["input_ids"][-5:])
+
+
+def test_conversations_are_made_of_fields():
+    op = chat.Messages("Say {text}", "{reply}!", system="Be {mood}.")
+    example = {"text": "{yes}", "reply": "no", "mood": "kind"}
+    said = [(message["role"], message["content"]) for message in op(example)["messages"]]
+    assert said == [("system", "Be kind."), ("user", "Say {yes}"), ("assistant", "no!")]
+    assert [message["role"] for message in op({"text": "a", "mood": "b"})["messages"]] == ["system", "user"]
+    with pytest.raises(UserError, match="no field 'text'; did you mean 'texts'"):
+        op({"texts": "a", "mood": "b"})
+
+
 def test_without_special_tokens():
     tokens = tokenizer.byte_level()
     (made,) = ChatTokens(tokens)({"messages": MESSAGES})
@@ -76,7 +95,6 @@ def test_long_conversations_are_cut(tokens):
         for name in op.padding:
             np.testing.assert_array_equal(made[name], whole[name][:length])
     assert ChatTokens(tokens, max_length=first)({"messages": MESSAGES}) == []
-    assert ChatTokens(tokens)({"messages": MESSAGES[:2]}) == []
 
 
 @pytest.mark.parametrize(

@@ -190,12 +190,28 @@ def test_whole_words(kind, tokenizers):
     assert len(set(words.tolist())) > 20
 
 
+def test_masks_that_are_there_are_the_ones_that_are_asked_for(tokenizers):
+    tokens = tokenizers["wordpiece"]
+    (piece,) = language.Pieces(tokens)({"text": "it is a [MASK] of the [MASK]."})
+    made = language.MaskTokens(tokens)(piece, rng=np.random.default_rng(0))
+    np.testing.assert_array_equal(made["input_ids"], piece["input_ids"])
+    np.testing.assert_array_equal(made["target_mask"] == 1, piece["input_ids"] == tokens.mask_id)
+    assert made["target_mask"].sum() == 2
+
+
+def test_each_text_is_an_example():
+    split = language.Texts(("source", "target"))
+    assert split({"source": "a", "target": "b", "id": 1}) == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(UserError, match="an example has no text 'target'"):
+        split({"source": "a"})
+
+
 def test_what_masking_needs(tokenizers):
     with pytest.raises(UserError, match=r"share: 1\.5 is not between 0 and 1"):
         language.MaskTokens(tokenizers["bytes"], share=1.5)
     op = language.MaskTokens(tokenizers["bytes"], whole_word=True)
     with pytest.raises(UserError, match="whole_word: the examples have no 'words'"):
-        op({"input_ids": np.arange(9)}, np.random.default_rng(0))
+        op({"input_ids": np.arange(10, 19)}, np.random.default_rng(0))
 
 
 def restored(tokens, made):
