@@ -18,6 +18,7 @@ is 2.2e20 (6.3e20, 1.4e21, 2.8e21) floating-point operations: 3 (8, 18, 37) days
 """
 
 import functools
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -93,5 +94,5 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return tiny_documents(config, length=32)
 
 
-VARIANTS = {size: functools.partial(sized, size=size) for size in SIZES}
+VARIANTS: dict[str, Callable[[ConfigDict], ConfigDict]] = {size: functools.partial(sized, size=size) for size in SIZES}
 VARIANTS |= {"": VARIANTS["small"], "tiny": tiny}

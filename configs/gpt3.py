@@ -26,6 +26,7 @@ losses are not to be compared.
 """
 
 import functools
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -99,5 +100,5 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return tiny_documents(config, length=32)
 
 
-VARIANTS = {size: functools.partial(sized, size=size) for size in SIZES}
+VARIANTS: dict[str, Callable[[ConfigDict], ConfigDict]] = {size: functools.partial(sized, size=size) for size in SIZES}
 VARIANTS |= {"": VARIANTS["125M"], "tiny": tiny}

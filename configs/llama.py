@@ -26,6 +26,7 @@ Llama's tokenizers are for those who accepted their licence on the hub; --config
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -143,5 +144,5 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return tiny_documents(config, length=32)
 
 
-VARIANTS = {size: functools.partial(recipe, size=size) for size in SIZES}
+VARIANTS: dict[str, Callable[[ConfigDict], ConfigDict]] = {size: functools.partial(recipe, size=size) for size in SIZES}
 VARIANTS |= {"": VARIANTS["smollm2_135m"], "tiny": tiny}

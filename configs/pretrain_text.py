@@ -89,7 +89,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=250, keep=2)
     config.log = dict(every_steps=25, evaluate_every_steps=250)
-    config.decoding = dict(max_new_tokens=200, temperature=0.8, top_p=0.95)
+    half = derived(length, lambda length: length // 2, int)  # the rest of the positions is for the prompt
+    config.decoding = dict(max_new_tokens=half, temperature=0.8, top_p=0.95)
     return choose(variant, VARIANTS, config)
 
 

@@ -30,6 +30,7 @@ parameters are split over all devices and activations are computed again in the 
 """
 
 import functools
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -124,5 +125,5 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return config
 
 
-VARIANTS = {size: functools.partial(sized, size=size) for size in SIZES}
+VARIANTS: dict[str, Callable[[ConfigDict], ConfigDict]] = {size: functools.partial(sized, size=size) for size in SIZES}
 VARIANTS |= {"": VARIANTS["base"], "tiny": tiny}
