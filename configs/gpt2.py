@@ -18,6 +18,7 @@ is 2.2e20 (6.3e20, 1.4e21, 2.8e21) floating-point operations: 3 (8, 18, 37) days
 """
 
 import functools
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -61,6 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=2000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=10_000)
+    config.decoding = dict(max_new_tokens=200, temperature=0.8, top_p=0.95)
     return choose(variant, VARIANTS, config)
 
 
@@ -92,5 +94,5 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return tiny_documents(config, length=32)
 
 
-VARIANTS = {size: functools.partial(sized, size=size) for size in SIZES}
+VARIANTS: dict[str, Callable[[ConfigDict], ConfigDict]] = {size: functools.partial(sized, size=size) for size in SIZES}
 VARIANTS |= {"": VARIANTS["small"], "tiny": tiny}

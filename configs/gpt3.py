@@ -26,6 +26,7 @@ losses are not to be compared.
 """
 
 import functools
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -64,6 +65,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=1000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=10_000)
+    config.decoding = dict(max_new_tokens=200, temperature=0.8, top_p=0.95)
     return choose(variant, VARIANTS, config)
 
 
@@ -98,5 +100,5 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return tiny_documents(config, length=32)
 
 
-VARIANTS = {size: functools.partial(sized, size=size) for size in SIZES}
+VARIANTS: dict[str, Callable[[ConfigDict], ConfigDict]] = {size: functools.partial(sized, size=size) for size in SIZES}
 VARIANTS |= {"": VARIANTS["125M"], "tiny": tiny}

@@ -26,6 +26,7 @@ Llama's tokenizers are for those who accepted their licence on the hub; --config
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -131,6 +132,7 @@ def recipe(config: ConfigDict, size: str) -> ConfigDict:
     config.mesh = dict(data=1, fsdp=-1, model=1) if large else dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=1000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=5000)
+    config.decoding = dict(max_new_tokens=200, temperature=0.8, top_p=0.95)
     return config
 
 
@@ -142,5 +144,5 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return tiny_documents(config, length=32)
 
 
-VARIANTS = {size: functools.partial(recipe, size=size) for size in SIZES}
+VARIANTS: dict[str, Callable[[ConfigDict], ConfigDict]] = {size: functools.partial(recipe, size=size) for size in SIZES}
 VARIANTS |= {"": VARIANTS["smollm2_135m"], "tiny": tiny}

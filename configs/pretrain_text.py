@@ -89,6 +89,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=250, keep=2)
     config.log = dict(every_steps=25, evaluate_every_steps=250)
+    half = derived(length, lambda length: length // 2, int)  # the rest of the positions is for the prompt
+    config.decoding = dict(max_new_tokens=half, temperature=0.8, top_p=0.95)
     return choose(variant, VARIANTS, config)
 
 
@@ -123,6 +125,7 @@ def mlm(config: ConfigDict) -> ConfigDict:
             dict(call="research.data.language.MaskTokens", share=0.15, whole_word=False),
         ]
         node.features = CAUSAL
+    del config.decoding
     config.optimizer.update(schedule="linear", end_factor=0.0, b2=0.999, weight_decay=0.01)
     return config
 

@@ -30,6 +30,7 @@ parameters are split over all devices and activations are computed again in the 
 """
 
 import functools
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -78,6 +79,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=5000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=20_000)
+    config.decoding = dict(max_new_tokens=114)
     return choose(variant, VARIANTS, config)
 
 
@@ -123,5 +125,5 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return config
 
 
-VARIANTS = {size: functools.partial(sized, size=size) for size in SIZES}
+VARIANTS: dict[str, Callable[[ConfigDict], ConfigDict]] = {size: functools.partial(sized, size=size) for size in SIZES}
 VARIANTS |= {"": VARIANTS["base"], "tiny": tiny}

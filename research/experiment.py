@@ -263,7 +263,7 @@ def _check(config: ConfigDict) -> None:
             raise UserError(f"config.{key}: it must be a section with a `call`")
     if (config.get("num_steps") is None) == (config.get("num_epochs") is None):
         raise UserError("config.num_steps, config.num_epochs: set one of them, and only one")
-    least = {"seed": 0, "batch_size": 1, "num_steps": 1, "num_epochs": 0}
+    least = {"seed": 0, "batch_size": 1, "num_steps": 0, "num_epochs": 0}
     for key in least:
         value, kinds = config.get(key), (int, float) if key == "num_epochs" else (int,)
         if value is not None and type(value) not in kinds:

@@ -39,7 +39,10 @@ def variants(path):
 
 
 CONFIGS = {(path.name, variant): path for path in sorted(FOLDER.glob("*.py")) for variant in variants(path)}
-TINY = [key for key in CONFIGS if key[1].endswith("tiny")]
+# The tasks of GLUE differ in their texts and labels only: of a classification of one text, one of two and a regression
+# each, one is trained, and the others are built.
+SAME = [("glue.py", f"{task}-tiny") for task in ("cola", "mrpc", "qqp", "qnli", "rte", "wnli")]
+TINY = [key for key in CONFIGS if key[1].endswith("tiny") and key not in SAME]
 
 
 @pytest.fixture(scope="module", autouse=True)
