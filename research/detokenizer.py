@@ -51,10 +51,18 @@ class Detokenizer:
 
 
 def completion(
-    tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+    tokenizer: Tokenizer | None,
+    tokens: Sequence[int] | np.ndarray,
+    stop: Sequence[str] = (),
+    prompt: Sequence[int] = (),
 ) -> str:
-    """Returns the text of one output of `generate`: up to the end token, or to the first of the texts in `stop`."""
+    """Returns the text of one output of `generate`: up to the end token, or to the first of the texts in `stop`.
+
+    Where there is no tokenizer it is the tokens' numbers.
+    """
     ids = [int(id) for id in tokens]
+    if tokenizer is None:
+        return " ".join(map(str, ids))
     if tokenizer.eos_id in ids:
         ids = ids[: ids.index(tokenizer.eos_id)]
     detokenizer = Detokenizer(tokenizer, stop, prompt)

@@ -67,10 +67,12 @@ def _outputs(
     """Yields the outputs of every row, with the index of the example that it was made of."""
     data, mesh = experiment.data, experiment.mesh
     predict = jax.jit(experiment.task.predict)
-    for made_from, batch in data.rows(bare):
+    key = jax.random.key(experiment.config.get("seed", 0))
+    for place, (made_from, batch) in enumerate(data.rows(bare)):
         # The last batch is filled up like the others, so that it divides over the devices and compiles no new shape.
         full = {name: np.resize(value, (data.batch_size, *value.shape[1:])) for name, value in batch.items()}
-        outputs = jax.device_get(predict(params, sharding.place(full, mesh, data.padding), jax.random.key(0)))
+        placed, drawn = sharding.place(full, mesh, data.padding), jax.random.fold_in(key, place)
+        outputs = jax.device_get(predict(params, placed, drawn))
         for i, number in enumerate(made_from):
             yield number, {name: value[i] for name, value in outputs.items()}
 

@@ -64,7 +64,7 @@ def test_entities(tmp_path):
     assert found[1]["entities"] == found[1]["labels"] == []
 
 
-def test_masked_language_models_fill_in_and_are_started_from(tmp_path, capsys):
+def test_masked_language_models_fill_in_and_are_started_from(tmp_path, capsys, caplog):
     run = tmp_path / "run"
     trained("bert_pretraining.py:tiny", run)
     found = predict(run, [{"text": "the [MASK]at sat"}, {"text": "the dog"}], tmp_path)
@@ -75,7 +75,7 @@ def test_masked_language_models_fill_in_and_are_started_from(tmp_path, capsys):
     config = f"--config={CONFIGS}/small_bert_snippets.py:tiny"
     assert main.main([config, f"--workdir={tmp_path}/tuned", "--config.init={}", *flags]) == 0
     # The pretrained encoder learns on; only the head is new.
-    assert "newly initialised, as the weights hold none: head_dense/bias" in capsys.readouterr().err
+    assert "newly initialised, as the weights hold none: head_dense/bias" in caplog.text
     assert main.main([config, f"--workdir={tmp_path}/other", "--config.init={}", *flags, "--config.init.new=[]"]) == 2
     assert "has no parameter head_output/" in capsys.readouterr().err
 

@@ -89,4 +89,5 @@ class Generation:
         return numbered(self.data, count=self.max_examples)
 
     def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-        return self.task.predict(params, batch, jax.random.key(0)), batch["example"], batch["mask"]
+        key = jax.random.fold_in(jax.random.key(0), batch["example"][0])
+        return self.task.predict(params, batch, key), batch["example"], batch["mask"]

@@ -10,6 +10,7 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.decoding import Decoding, generate
+from research.detokenizer import completion
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
 from research.tasks import tokens
@@ -70,7 +71,7 @@ class CausalLM:
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
         """Returns one text's log-likelihood, in nats, its number of tokens and its perplexity; or what goes on."""
         if "tokens" in output:
-            return {"prediction": tokens.text(self.tokenizer, output["tokens"].tolist())}
+            return {"prediction": completion(self.tokenizer, output["tokens"], self.decoding.stop)}
         likelihood, count = float(output["log_likelihood"]), float(output["targets"])
         perplexity = float(np.exp(-likelihood / count)) if count else None
         return {"log_likelihood": likelihood, "tokens": int(count), "perplexity": perplexity}

@@ -13,9 +13,9 @@ import optax
 from research.errors import UserError, nearest
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
+from research.tasks import encoders
 
 OBJECTIVES = ("softmax", "sigmoid", "regression")
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,24 +56,24 @@ class Classification:
         Raises:
           UserError: the features are not those that the model and the objective need.
         """
+        params = encoders.init(self.model, spec, rng, ("label",))
         self._check(spec)
-        inputs = [jnp.zeros(spec[name].shape, spec[name].dtype) if name in spec else None for name in INPUTS]
-        return self.model.init(rng, *inputs)["params"]
+        return params
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
         """Returns the mean loss over real examples, with dropout, and the accuracy on the batch."""
-        logits_BxC = self._logits(params, batch, {"dropout": rng})
+        logits_BxC = encoders.logits(self.model, params, batch, {"dropout": rng})
         return self._loss(logits_BxC, batch, self.label_smoothing), self._scores(logits_BxC, batch)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
         """Returns the loss, without dropout or smoothing, and the accuracy."""
-        logits_BxC = self._logits(params, batch, {})
+        logits_BxC = encoders.logits(self.model, params, batch, {})
         return {"loss": self._loss(logits_BxC, batch, 0.0)} | self._scores(logits_BxC, batch)
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         """Returns "logits" [B, C] and, but for regression, "probabilities" [B, C] and "label" (int, as in the data)."""
         del rng  # nothing is drawn
-        logits_BxC = self._logits(params, batch, {})
+        logits_BxC = encoders.logits(self.model, params, batch, {})
         if self.objective == "regression":
             return {"logits": logits_BxC}
         if self.objective == "softmax":
@@ -101,11 +101,6 @@ class Classification:
             label = names[int(output["label"])]
         return {"label": label, "probabilities": dict(zip(names, probabilities))}
 
-    def _logits(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
-        self._check_length(batch["input_ids"].shape[1])
-        logits = self.model.apply({"params": params}, *[batch.get(name) for name in INPUTS], rngs=rngs)
-        return jnp.asarray(logits, jnp.float32)
-
     def _loss(self, logits_BxC: jax.Array, batch: Batch, smoothing: float) -> Mean:
         labels, mask = self._labels(logits_BxC, batch), batch["mask"]
         if self.objective == "softmax":
@@ -128,11 +123,7 @@ class Classification:
         return labels if self.objective == "softmax" else labels.reshape(logits_BxC.shape).astype(jnp.float32)
 
     def _check(self, spec: Spec) -> None:
-        """Raises UserError unless the features are there and the labels have the objective's shape and type."""
-        for name in ("input_ids", "attention_mask", "label"):
-            if name not in spec:
-                raise UserError(f"config.data.features: '{name}' is missing{nearest(name, spec)}")
-        self._check_length(spec["input_ids"].shape[1])
+        """Raises UserError unless the labels have the objective's shape and type."""
         label, outputs = spec["label"], getattr(self.model, "num_outputs", None)
         integers = jnp.issubdtype(label.dtype, jnp.integer)
         found = f"{label.dtype} {'[B, C]' if label.ndim == 2 else '[B]'}"
@@ -143,11 +134,3 @@ class Classification:
         else:
             return
         raise UserError(f"config.task.objective: '{self.objective}' takes {wanted}; the labels are {found}")
-
-    def _check_length(self, length: int) -> None:
-        """Raises UserError if the model has too few positions, which indexing would not tell."""
-        encoder = getattr(self.model, "encoder", None)
-        offset = getattr(encoder, "position_offset", None)
-        most = getattr(encoder, "max_positions", length) - (0 if offset is None else offset + 1)
-        if length > most:
-            raise UserError(f"config.data.ops: max_length {length} is more than the {most} tokens that the model takes")

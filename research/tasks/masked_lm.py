@@ -10,7 +10,7 @@ import numpy as np
 from research.data.tokenizer import Tokenizer
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
-from research.tasks import tokens
+from research.tasks import encoders, tokens
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "positions")
 
@@ -34,11 +34,8 @@ class MaskedLM:
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
         """Returns new float32 parameters; raises UserError if a feature is missing or rows are too long."""
-        encoder = getattr(self.model, "encoder", None)
-        offset = getattr(encoder, "position_offset", None)
-        most = getattr(encoder, "max_positions", None)
-        most = most and most - (0 if offset is None else offset + 1)
-        tokens.check(spec, ("input_ids", "targets", "target_mask"), most)
+        tokens.check(spec, ("input_ids", "targets", "target_mask"))
+        encoders.check_length(self.model, spec["input_ids"].shape[1])
         return tokens.init(self.model, rng, spec, INPUTS)
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
@@ -65,10 +62,13 @@ class MaskedLM:
         """Returns for each chosen place of one text the likeliest tokens and their probabilities."""
         masks = []
         for place in np.flatnonzero(output["chosen"]):
-            words = [tokens.text(self.tokenizer, [int(i)]) for i in output["tokens"][place]]
+            words = [self._word(int(id)) for id in output["tokens"][place]]
             masks.append(dict(zip(words, map(float, output["probabilities"][place]))))
         return {"masks": masks}
 
     def _score(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> dict[str, Mean]:
         hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, rngs)
         return tokens.score(self.model, params, hidden_BxTxD, batch, most=self.max_predictions)
+
+    def _word(self, id: int) -> str:
+        return str(id) if self.tokenizer is None else self.tokenizer.decode([id], skip_special=False)

@@ -9,6 +9,7 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.decoding import Decoding, generate
+from research.detokenizer import completion
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
 from research.tasks import tokens
@@ -60,7 +61,7 @@ class Seq2Seq:
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
         """Returns one output as text."""
-        return {"prediction": tokens.text(self.tokenizer, output["tokens"].tolist())}
+        return {"prediction": completion(self.tokenizer, output["tokens"], self.decoding.stop)}
 
     def _score(
         self, params: Params, batch: Batch, rngs: dict[str, jax.Array], label_smoothing: float

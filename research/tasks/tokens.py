@@ -1,7 +1,6 @@
 """What objectives that predict tokens share: their loss, computed without all logits at once, and their checks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -116,8 +115,3 @@ def _in_chunks(
 
     zeros = tuple(jnp.zeros((), jnp.float32) for _ in range(3))
     return jax.lax.scan(step, zeros, tuple(map(split, arrays)))[0]
-
-
-def text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Returns the text of generated ids, or the ids as they are written where there is no tokenizer."""
-    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
