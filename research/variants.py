@@ -43,30 +43,17 @@ class _Follow(NamedTuple):
     args: list[FieldReference]
 
 
+def datasets(config: ConfigDict) -> list[ConfigDict]:
+    """Returns the nodes of all datasets of a config: its `data` and the `data` of its `evals`."""
+    return [config.data, *(evaluator.data for evaluator in config.evals.values())]
+
+
 def tiny_text_model(config: ConfigDict) -> ConfigDict:
     """Makes a config of text classification train a small new encoder, on the bytes of the text, for a few steps."""
-    encoder = {
-        "call": "research.models.bert.Encoder",
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "intermediate_size": 64,
-        "max_positions": 32,
-        "initializer_range": 0.2,  # the usual 0.02 is for wide models
-    }
-    config.tokenizer = {"call": "research.data.tokenizer.byte_level"}
-    config.task.model = {"call": "research.models.bert.SequenceClassifier", "encoder": encoder}
-    config.init = None
-    config.num_epochs = 10.0
-    config.batch_size = 8
-    config.optimizer.learning_rate = 1e-2
-    config.checkpoint.every_steps = 10
-    config.log = {"every_steps": 5, "evaluate_every_steps": 12}
-    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+    for node in datasets(config):
         node.ops[0]["max_length"] = 32
-        node.length_buckets = 1  # and one shape to compile
-        node.window = 3
+    config = tiny_run(tiny_encoder(config, "SequenceClassifier", 32))
+    config.num_steps, config.num_epochs = None, 10.0
     return config
 
 
@@ -74,7 +61,7 @@ def tiny_text_data(config: ConfigDict, labels: Sequence[str], fields: Sequence[s
     """Replaces all data of a config of text classification by a few texts that are easily told apart.
 
     Args:
-      config: its `data` and the `data` of its `evals` are changed.
+      config: its datasets are changed.
       labels: the names of the classes; none for regression.
       fields: the examples' texts; the first decides.
     """
@@ -84,7 +71,7 @@ def tiny_text_data(config: ConfigDict, labels: Sequence[str], fields: Sequence[s
             texts = {field: f"{word}{ending}" if field == fields[0] else "it was" for field in fields}
             records.append(texts | {"label": i if labels else i / 2})
     names = {"label": tuple(labels)} if labels else {}
-    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+    for node in datasets(config):
         node.source = {"call": "research.data.source.examples", "records": records, "label_names": names}
     return config
 
@@ -106,13 +93,13 @@ def tiny_documents(config: ConfigDict, length: int, fields: Sequence[str] = ("te
     """Makes a config of language modelling run for a few steps on the bytes of a few texts.
 
     Args:
-      config: its `data` and the `data` of its `evals` are changed.
+      config: its datasets are changed.
       length: of rows, be they packed or not.
       fields: of the texts.
     """
     sentences = [f"the {thing} {verb}{ending}" for thing in ("cat", "dog") for verb in VERBS for ending in ENDINGS]
     records = [dict.fromkeys(fields, text) for text in sentences]
-    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+    for node in datasets(config):
         node.source = {"call": "research.data.source.examples", "records": records}
         for key in ("pack", "pack_decoder"):
             if key in node:
@@ -126,9 +113,9 @@ def tiny_documents(config: ConfigDict, length: int, fields: Sequence[str] = ("te
     return tiny_run(config)
 
 
-def tiny_encoder(config: ConfigDict, model: str, max_positions: int) -> ConfigDict:
+def tiny_encoder(config: ConfigDict, model: str, max_positions: int, **fields: float) -> ConfigDict:
     """Gives a config a small new encoder of bytes, under the head `model`, a name in `research.models.bert`."""
-    encoder = {
+    encoder = fields | {
         "call": "research.models.bert.Encoder",
         "vocab_size": 260,
         "hidden_size": 32,
@@ -136,13 +123,11 @@ def tiny_encoder(config: ConfigDict, model: str, max_positions: int) -> ConfigDi
         "num_heads": 4,
         "intermediate_size": 64,
         "max_positions": max_positions,
-        "initializer_range": 0.2,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
+        "initializer_range": 0.2,  # the usual 0.02 is for wide models
     }
     config.task.model = {"call": f"research.models.bert.{model}", "encoder": encoder}
-    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
-        node.length_buckets = 1
+    for node in datasets(config):
+        node.length_buckets = 1  # and one shape to compile
         node.window = 3
     return config
 
@@ -157,10 +142,10 @@ def tiny_questions(config: ConfigDict, unanswerable: bool = False) -> ConfigDict
             records.append({"question": "who?", "context": passage, "answers": answers})
         if unanswerable:
             records.append({"question": "who?", "context": f"no {thing}.", "answers": {"text": [], "answer_start": []}})
-    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+    for node in datasets(config):
         node.source = {"call": "research.data.source.examples", "records": records}
         node.ops[0].update(max_length=48, stride=16, max_question_length=8)
-    return tiny_run(tiny_encoder(config, "QuestionAnswerer", max_positions=48))
+    return tiny_run(tiny_encoder(config, "QuestionAnswerer", 48, dropout=0.0, attention_dropout=0.0))
 
 
 def tiny_sentences(config: ConfigDict) -> ConfigDict:
@@ -173,7 +158,7 @@ def tiny_sentences(config: ConfigDict) -> ConfigDict:
             for verb in VERBS:
                 words = [*person, verb, "in", place, "."]
                 records.append({"tokens": words, "ner": [kinds.get(word, 0) for word in words]})
-    for node in (config.data, *(evaluator.data for evaluator in config.evals.values())):
+    for node in datasets(config):
         node.source = {"call": "research.data.source.examples", "records": records, "label_names": names}
         node.ops[0]["max_length"] = 32
-    return tiny_run(tiny_encoder(config, "TokenClassifier", max_positions=32))
+    return tiny_run(tiny_encoder(config, "TokenClassifier", 32, dropout=0.0, attention_dropout=0.0))

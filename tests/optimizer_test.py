@@ -119,6 +119,16 @@ def test_layer_decay_falls_from_the_head_down():
     np.testing.assert_allclose(moved["encoder"]["embeddings"]["word"]["embedding"], 0.1 * 0.0625, rtol=1e-5)
 
 
+def test_layer_decay_reaches_tables_that_stand_beside_the_layers():
+    layers = {"mlp": {"kernel": jnp.ones((3, 2))}}
+    params = {"word": {"embedding": jnp.ones(2)}, "decoder": {"layers": layers}, "norm_out": {"scale": jnp.ones(2)}}
+    chosen = optimizer.adamw(10, 0.1, schedule="constant", clip_norm=None, layer_decay=0.5)
+    updates, _ = chosen.update(params, chosen.init(params), params)
+    np.testing.assert_allclose(updates["word"]["embedding"], -0.1 * 0.0625, rtol=1e-5)
+    np.testing.assert_allclose(updates["decoder"]["layers"]["mlp"]["kernel"][:, 0], [-0.0125, -0.025, -0.05], rtol=1e-5)
+    np.testing.assert_allclose(updates["norm_out"]["scale"], -0.1, rtol=1e-5)
+
+
 def test_multipliers_take_the_first_rule_that_matches():
     rules = ((r"layers/2/mlp/kernel", 3.0), (r"layers/", 0.5))
     params, _ = step(learning_rate_multipliers=rules, clip_norm=None)
