@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 num_heads=4,
                 intermediate_size=1024,
                 max_positions=128,
+                initializer_range=0.05,
                 unroll=4,
             ),
             num_outputs=2,
