@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -169,7 +170,8 @@ def _draw_panel(
                 line = _draw_line(axes, metric, steps, numbers, colour, dash if several else "-")
                 legend.setdefault(str(line.get_label()), line)
     if list(legend) != [metrics[0]]:  # the title alone would not say it
-        axes.legend(handles=[_sample(line, grey=several) for line in legend.values()], fontsize=8, frameon=False)
+        handles = [_sample(line, grey=several) for line in legend.values()]
+        axes.legend(handles=handles, fontsize=8, edgecolor="none", framealpha=0.85)
     axes.set_title(metrics[0] if len(metrics) == 1 else leaf.replace("_", " "), fontsize=10)
     axes.set_xlabel("optimizer step", fontsize=9)
     _name_axis(axes.yaxis, leaf)
@@ -249,6 +251,6 @@ def _style(axes: Axes) -> None:
 def _save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
     """Writes a PNG that holds no date and no version, so that the same data give the same file."""
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=11)
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
