@@ -150,7 +150,7 @@ class Experiment:
         """The model and its objective."""
         context = self._basics | {"mesh": self.mesh, "label_names": self.label_names, "decoding": self.decoding}
         if self.tokenizer is not None:
-            context["vocab_size"] = self.tokenizer.backend.get_vocab_size()
+            context["vocab_size"] = self.tokenizer.vocab_size
         if self.label_names:
             context["num_outputs"] = len(self.label_names)
         elif self.config.task.get("objective") == "regression":

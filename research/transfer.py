@@ -45,12 +45,12 @@ def load_params(
     folder = pathlib.Path(path).expanduser()
     config = load_config(folder)
     config.mesh = None  # that of the run may need other devices than there are
-    _, params = restore_params(Experiment(config), folder, checkpoint)
+    _, params = restore_params(Experiment(config, workdir=folder), folder, checkpoint)
     held = {_renamed(name, renames): leaf for name, leaf in _flatten(params).items()}
     wanted = _flatten(params_shape)
-    fresh = [name for name in wanted if name not in held or any(re.search(pattern, name) for pattern in new)]
+    fresh = {name for name in wanted if any(re.search(pattern, name) for pattern in new)}
     for name, shape in wanted.items():
-        if name in fresh and not any(re.search(pattern, name) for pattern in new):
+        if name not in held and name not in fresh:
             raise UserError(
                 f"the run in {path} has no parameter {name}{nearest(name, held)}; let `new` or `renames` say so"
             )

@@ -1,29 +1,27 @@
 """What the tasks share whose models take an encoder's features."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.errors import UserError, nearest
+from research.errors import UserError
 from research.task import Batch, Params, Spec
+from research.tasks import tokens
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def init(model: nn.Module, spec: Spec, rng: jax.Array, needed: Iterable[str] = ()) -> Params:
+def init(model: nn.Module, spec: Spec, rng: jax.Array, needed: Sequence[str] = ()) -> Params:
     """Returns new float32 parameters.
 
     Raises:
       UserError: the batches lack a feature of `needed` or of the encoder, or are longer than the model takes.
     """
-    for name in ("input_ids", "attention_mask", *needed):
-        if name not in spec:
-            raise UserError(f"config.data.features: '{name}' is missing{nearest(name, spec)}")
+    tokens.check(spec, ("input_ids", "attention_mask", *needed))
     check_length(model, spec["input_ids"].shape[1])
-    inputs = [jnp.zeros(spec[name].shape, spec[name].dtype) if name in spec else None for name in INPUTS]
-    return model.init(rng, *inputs)["params"]
+    return tokens.init(model, rng, spec, INPUTS)
 
 
 def logits(model: nn.Module, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
