@@ -119,6 +119,7 @@ def t5_pretrained(config: ConfigDict) -> ConfigDict:
 def tiny(config: ConfigDict) -> ConfigDict:
     config.task.model.update(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
     config.decoding.update(num_beams=2, max_new_tokens=8)
+    config.optimizer.average = None
     return tiny_documents(config, length=32, fields=("source", "target"))
 
 
