@@ -11,7 +11,8 @@ length penalty 0.6 (Vaswani 2017, section 6.1).
   t5_pretrained   T5 from what t5_pretraining left in runs/libreoffice/t5_pretraining (--config.init.path is another)
   tiny            needs neither network nor files and takes seconds
 
-Expected: see experiments/translation and experiments/span_corruption. Hardware: 2 CPU cores; an hour for the default, 20 minutes for the others.
+Expected: see experiments/translation and experiments/span_corruption. Hardware: 2 CPU cores; an hour for the default,
+20 minutes for each of the others.
 """
 
 from ml_collections import ConfigDict

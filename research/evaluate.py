@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from research.errors import UserError
@@ -12,11 +13,11 @@ from research.experiment import Experiment
 from research.optimizer import evaluation_params
 from research.record import write_json
 from research.task import Params
-from research.writers import Progress
+from research.writers import Progress, write_pictures
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = "") -> dict[str, Any]:
-    """Evaluates a checkpoint of the run in `workdir` and writes evaluation.json.
+    """Evaluates a checkpoint of the run in `workdir` and writes evaluation.json, and pictures to figures/.
 
     Args:
       config: of the run, or with other `evals`.
@@ -32,25 +33,31 @@ def run(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = "") -> dict
     step, params = restore_params(experiment, workdir, checkpoint)
     progress = Progress(step, step)
     with progress.phase(f"evaluating the checkpoint of step {step}"):
-        metrics = scores(experiment.evaluators, params)
+        metrics, pictures = scores(experiment.evaluators, params)
     result = {"step": step, "metrics": metrics}
     if jax.process_index() == 0:
+        write_pictures(workdir, step, pictures)
         write_json(workdir / "evaluation.json", result)
     progress.table(f"{workdir}, step {step}", metrics)
     return result
 
 
 def scores(
-    evaluators: Mapping[str, Callable[..., dict[str, float]]],
+    evaluators: Mapping[str, Callable[..., Mapping[str, float | np.ndarray]]],
     params: Params,
     check: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Returns every evaluator's metrics as "name/metric"; `check` may raise to give up between batches."""
-    return {
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Returns every evaluator's metrics, and its pictures uint8 [height, width, 3], as "name/metric".
+
+    `check` may raise to give up between batches.
+    """
+    found = {
         f"{name}/{metric}": value
         for name, evaluator in evaluators.items()
         for metric, value in evaluator(params, check).items()
     }
+    pictures = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    return {name: float(value) for name, value in found.items() if name not in pictures}, pictures
 
 
 def restore_params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:

@@ -158,11 +158,11 @@ class _Loop:
         params = evaluation_params(self.state.params, self.state.opt_state)
         try:
             with self.progress.phase(f"evaluating at step {self.step}"):
-                metrics = evaluate.scores(self.experiment.evaluators, params, self.preemption.check)
+                metrics, pictures = evaluate.scores(self.experiment.evaluators, params, self.preemption.check)
         except PreemptedError:
             self.stop()
         self.lap()
-        self.writer.write(self.step, metrics)
+        self.writer.write(self.step, metrics, pictures)
         self.progress.line("  ".join([f"step {self.step}", *(f"{k} {v:.4f}" for k, v in metrics.items())]))
         self.evaluation |= {"step": self.step, "metrics": metrics}
         if self.checkpoints.best is not None:

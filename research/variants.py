@@ -77,7 +77,7 @@ def tiny_text_data(config: ConfigDict, labels: Sequence[str], fields: Sequence[s
 
 
 def tiny_run(config: ConfigDict) -> ConfigDict:
-    """Makes a config train for a few steps on bytes, with an evaluation and a checkpoint on the way."""
+    """Makes a config train for a few steps, text as bytes, with an evaluation and a checkpoint on the way."""
     config.tokenizer = {"call": "research.data.tokenizer.byte_level"}
     config.init = None
     config.num_epochs = None
@@ -111,6 +111,25 @@ def tiny_documents(config: ConfigDict, length: int, fields: Sequence[str] = ("te
                 if key in op:
                     op[key] = length
     return tiny_run(config)
+
+
+def tiny_images(config: ConfigDict, size: int, channels: int = 3, objects: int = 1) -> ConfigDict:
+    """Makes a config of images run for a few steps on drawn shapes of three classes.
+
+    Args:
+      config: its datasets are changed; ops that read a class find it in `label` (or in `objects`, as in TFDS's coco).
+      size: the side of the images in pixels.
+      channels: 1 or 3.
+      objects: shapes in an image.
+    """
+    call = "research.data.shapes.shapes"
+    for seed, node in enumerate(datasets(config)):
+        node.source = {"call": call, "size": size, "channels": channels, "objects": objects, "seed": min(seed, 1)}
+    if "num_outputs" in config.task.model:
+        config.task.model.num_outputs = 3
+    config = tiny_run(config)
+    del config.tokenizer
+    return config
 
 
 def tiny_encoder(config: ConfigDict, model: str, max_positions: int, **fields: float) -> ConfigDict:

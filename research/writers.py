@@ -1,6 +1,7 @@
-"""Where numbers go: a progress line or plain log lines, TensorBoard, JSON lines. Only process 0 writes."""
+"""Where numbers and pictures go: progress lines, TensorBoard, JSON lines, PNG files. Only process 0 writes."""
 
 import contextlib
+import io
 import json
 import math
 import pathlib
@@ -10,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
+import numpy as np
+import PIL.Image
 import rich.console
 import rich.progress
 import rich.table
 import tensorboardX.summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, summary_pb2
 
 METRICS = "metrics.jsonl"
 
@@ -29,7 +32,7 @@ class Writer:
 
     def __init__(self, workdir: pathlib.Path, step: int, lines: int = 0):
         """Opens the files of a run that goes on after `step`; what a stopped run wrote after `lines` is dropped."""
-        self.lines = 0
+        self.lines, self._workdir = 0, workdir
         self._file: TextIO | None = None
         if jax.process_index() == 0:
             path = workdir / METRICS
@@ -46,8 +49,8 @@ class Writer:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides the dropped steps
             self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one line; a NaN or an infinity becomes null, which JSON has."""
+    def write(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, np.ndarray] = {}) -> None:
+        """Writes one line, in which a NaN or an infinity becomes null, which JSON has, and pictures to figures/."""
         if self._file is not None:
             row = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
             self._file.write(json.dumps({"step": step} | row) + "\n")
@@ -56,6 +59,10 @@ class Writer:
             for name, value in scalars.items():
                 summary = tensorboardX.summary.scalar(name, value)
                 self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+            for name, encoded in write_pictures(self._workdir, step, pictures).items():
+                picture = summary_pb2.Summary.Image(encoded_image_string=encoded)
+                summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=name, image=picture)])
+                self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
             self._board.flush()
 
     def close(self) -> None:
@@ -63,6 +70,19 @@ class Writer:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def write_pictures(workdir: pathlib.Path, step: int, pictures: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """Writes pictures uint8 [height, width, 3] to figures/NAME-STEP.png, and returns the files' contents."""
+    contents = {}
+    for name, picture in pictures.items():
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(picture).save(buffer, "png")
+        path = workdir / "figures" / f"{name}-{step}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+        contents[name] = buffer.getvalue()
+    return contents
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import tensorflow_datasets
 from absl import logging
-from tensorflow_datasets.core import features, naming
+from tensorflow_datasets.core import decode, features, naming
 from tensorflow_datasets.core.dataset_builder import DatasetBuilder
 from tensorflow_datasets.core.download import downloader
 
@@ -47,7 +47,7 @@ class Source:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns one example: text as str, all else as numbers and numpy arrays."""
+        """Returns one example: text as str, images as their files' bytes, all else as numbers and numpy arrays."""
         if not 0 <= index < len(self):
             raise IndexError(f"no example {index} of {len(self)}")
         example = _decode(dict(self.records[index]), self.texts)
@@ -138,7 +138,7 @@ def _source(make: Callable[[], DatasetBuilder], name: str, split: str) -> Source
         _prepare(builder, name)
         builder = make()  # reads what was prepared, be it by this process or by another one
     try:
-        records = builder.as_data_source(split)
+        records = builder.as_data_source(split, decoders=_encoded_images(builder.info.features))
     except NotImplementedError:
         raise UserError(
             f"'{name}' is prepared in '{builder.data_path}' in a format without random access; "
@@ -278,6 +278,12 @@ def _label_names(tree: features.FeaturesDict) -> dict[str, tuple[str, ...]]:
         if isinstance(inner, features.ClassLabel) and inner.num_classes is not None:
             names[name] = tuple(inner.names)
     return names
+
+
+def _encoded_images(tree: features.FeaturesDict) -> dict[str, decode.Decoder] | None:
+    """Says that images are given out as they are stored; `image.Decode` knows how much of them is wanted."""
+    images = [name for name, feature in tree.items() if isinstance(feature, features.Image)]
+    return {name: decode.SkipDecoding() for name in images} or None
 
 
 def _text_tree(feature: features.FeatureConnector) -> Any:

@@ -214,6 +214,23 @@ class Dropout(nn.Module):
         return jnp.where(keep, x * (1.0 / (1.0 - self.rate)), jnp.zeros_like(x))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang 2016): drops all that a block adds to some examples, where a "dropout" key is given."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, depth: jax.Array) -> jax.Array:
+        """Returns x [B, ...] with a share `rate * depth` of the examples zeroed and the rest scaled up."""
+        if not 0 <= self.rate < 1:
+            raise UserError(f"a drop_path rate must lie in [0, 1); one is {self.rate}")
+        if self.rate == 0.0 or not self.has_rng("dropout"):
+            return x
+        kept = 1.0 - self.rate * depth
+        factors_B = (jax.random.uniform(self.make_rng("dropout"), x.shape[:1]) < kept) / kept
+        return x * factors_B.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+
+
 def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns uint32 bits, a hash of the key and the position, by the rounds of lowbias32 (Wellons 2018).
 
@@ -532,6 +549,9 @@ class Block(nn.Module):
       norm: makes a norm.
       norm_first: normalise what goes into each part (Xiong 2020), or each sum (Vaswani 2017; Devlin 2018).
       dropout: before each residual sum.
+      layer_scale: what learned factors begin with that each part's output is multiplied by (Touvron 2021, "Going deeper
+        with image transformers"); None leaves them out.
+      drop_path: the share of examples that skip each part of the last block; it grows with depth from 0 (Huang 2016).
     """
 
     attention: Callable[..., nn.Module]
@@ -539,6 +559,8 @@ class Block(nn.Module):
     norm: Callable[..., nn.Module]
     norm_first: bool = True
     dropout: float = 0.0
+    layer_scale: float | None = None
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(
@@ -551,13 +573,23 @@ class Block(nn.Module):
         source_BxSxD: jax.Array | None = None,
         source_mask: jax.Array | None = None,
         index: jax.Array | None = None,
+        depth: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D]; `mask` to `index` are those of `Attention`."""
+        """Maps [B, T, D] to [B, T, D].
+
+        `mask` to `index` are those of `Attention`; `depth` goes from 0 at the first block to 1 at the last.
+        """
 
         def add(x: jax.Array, part: nn.Module, **context: Any) -> jax.Array:
             norm = self.norm(name=f"{part.name}_norm")
             y = part(norm(x) if self.norm_first else x, **context)
-            x += Dropout(self.dropout, name=f"{part.name}_out_dropout")(y)
+            if self.layer_scale is not None:
+                init = nn.initializers.constant(self.layer_scale)
+                y *= self.param(f"{part.name}_scale", init, (y.shape[-1],), jnp.float32).astype(y.dtype)
+            y = Dropout(self.dropout, name=f"{part.name}_out_dropout")(y)
+            if depth is not None:
+                y = DropPath(self.drop_path, name=f"{part.name}_drop_path")(y, depth)
+            x += y
             return x if self.norm_first else norm(x)
 
         own = {"mask": mask, "bias": bias, "rotary": rotary, "index": index}
@@ -588,18 +620,23 @@ def stack(
     if block.has_variable("params", "0"):
         return _one_by_one(block, num_layers, x, context)
 
-    def step(block: nn.Module, x: jax.Array, context: dict[str, Any]) -> tuple[jax.Array, None]:
-        return block(x, **context), None
+    # A share that is 0 everywhere is left out: blocks need not know of depth.
+    scanned = {"depth": jnp.linspace(0, 1, num_layers)} if getattr(block, "drop_path", 0.0) else {}
+
+    def step(
+        block: nn.Module, x: jax.Array, context: dict[str, Any], own: dict[str, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        return block(x, **context, **own), None
 
     scan = nn.scan(
         nn.remat(step, prevent_cse=False) if remat else step,
         variable_axes={"params": 0, "intermediates": 0, "cache": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=num_layers,
         unroll=min(unroll, num_layers),
     )
-    return scan(block, x, context)[0]
+    return scan(block, x, context, scanned)[0]
 
 
 def _one_by_one(block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What the tasks share whose models take an encoder's features."""
+"""What the tasks share whose models take an encoder's features: those of a text, or those that the model names."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from research.errors import UserError
 from research.task import Batch, Params, Spec
 from research.tasks import tokens
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TEXT = ("input_ids", "attention_mask", "token_type_ids")  # the last one may be absent
 
 
 def init(model: nn.Module, spec: Spec, rng: jax.Array, needed: Sequence[str] = ()) -> Params:
@@ -19,20 +19,29 @@ def init(model: nn.Module, spec: Spec, rng: jax.Array, needed: Sequence[str] = (
     Raises:
       UserError: the batches lack a feature of `needed` or of the encoder, or are longer than the model takes.
     """
-    tokens.check(spec, ("input_ids", "attention_mask", *needed))
-    check_length(model, spec["input_ids"].shape[1])
-    return tokens.init(model, rng, spec, INPUTS)
+    names = inputs(model)
+    tokens.check(spec, (*(TEXT[:2] if names == TEXT else names), *needed))
+    check_length(model, spec)
+    return tokens.init(model, rng, spec, names)
 
 
 def logits(model: nn.Module, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
     """Returns the model's outputs for a batch, in float32."""
-    check_length(model, batch["input_ids"].shape[1])
-    outputs = model.apply({"params": params}, *[batch.get(name) for name in INPUTS], rngs=rngs)
+    check_length(model, batch)
+    outputs = model.apply({"params": params}, *[batch.get(name) for name in inputs(model)], rngs=rngs)
     return jnp.asarray(outputs, jnp.float32)
 
 
-def check_length(model: nn.Module, length: int) -> None:
-    """Raises UserError if the model has too few positions, which indexing would not tell."""
+def inputs(model: nn.Module) -> tuple[str, ...]:
+    """Returns the features that a model is called with: its class's `inputs`, else those of a text."""
+    return getattr(model, "inputs", TEXT)
+
+
+def check_length(model: nn.Module, batch: Batch | Spec) -> None:
+    """Raises UserError if the model has too few positions for "input_ids", which indexing would not tell."""
+    if "input_ids" not in batch:
+        return
+    length = batch["input_ids"].shape[1]
     encoder = getattr(model, "encoder", None)
     offset = getattr(encoder, "position_offset", None)
     most = getattr(encoder, "max_positions", length) - (0 if offset is None else offset + 1)

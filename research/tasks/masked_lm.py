@@ -35,7 +35,7 @@ class MaskedLM:
     def init(self, rng: jax.Array, spec: Spec) -> Params:
         """Returns new float32 parameters; raises UserError if a feature is missing or rows are too long."""
         tokens.check(spec, ("input_ids", "targets", "target_mask"))
-        encoders.check_length(self.model, spec["input_ids"].shape[1])
+        encoders.check_length(self.model, spec)
         return tokens.init(self.model, rng, spec, INPUTS)
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:

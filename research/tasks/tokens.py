@@ -22,8 +22,7 @@ def check(spec: Spec, needed: Sequence[str], most: int | None = None) -> None:
     for name in needed:
         if name not in spec:
             raise UserError(f"config.data.features: '{name}' is missing{nearest(name, spec)}")
-    length = spec["input_ids"].shape[1]
-    if most is not None and length > most:
+    if most is not None and (length := spec["input_ids"].shape[1]) > most:
         raise UserError(
             f"config.data: rows of {length} tokens are longer than the {most} that the model has positions for"
         )
