@@ -25,12 +25,13 @@ class Embeddings(nn.Module):
     dropout: float
     dtype: Any
     kernel_init: layers.Initializer
+    position_init: layers.Initializer
 
     def setup(self):
         """Makes the tables."""
         table = functools.partial(layers.Embedding, features=self.hidden_size, embedding_init=self.kernel_init)
         self.word = table(self.vocab_size)
-        self.position = table(self.max_positions)
+        self.position = table(self.max_positions, embedding_init=self.position_init)
         if self.num_token_types:
             self.token_type = table(self.num_token_types)
         self.norm = layers.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)
@@ -79,6 +80,7 @@ class Encoder(nn.Module):
       dropout: after the embeddings and before each residual sum.
       attention_dropout: on the attention weights.
       initializer_range: standard deviation of the normal initialisation of kernels and tables.
+      sinusoidal_start: whether the table of positions begins as sinusoids, as large, and is learned from there.
       dtype: what matrix products are computed in; parameters stay float32.
       unroll: layers that the compiler sees at once.
       remat: recompute activations in the backward pass.
@@ -97,6 +99,7 @@ class Encoder(nn.Module):
     dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
+    sinusoidal_start: bool = False
     dtype: str = "float32"
     unroll: int = 1
     remat: bool = False
@@ -114,6 +117,7 @@ class Encoder(nn.Module):
             dropout=self.dropout,
             dtype=dtype,
             kernel_init=kernel_init,
+            position_init=self._sinusoids if self.sinusoidal_start else kernel_init,
         )
         shared: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init}
         self.layers = layers.Block(
@@ -140,6 +144,12 @@ class Encoder(nn.Module):
         x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, positions_BxT)
         mask = layers.attention_mask(attention_mask_BxT, input_ids_BxT.shape[1], causal=False)
         return layers.stack(self.layers, self.num_layers, x_BxTxD, mask=mask, unroll=self.unroll, remat=self.remat)
+
+
+    def _sinusoids(self, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+        """Initialises positions such that those at any one distance are the same rotation apart."""
+        del key
+        return self.initializer_range * 2**0.5 * layers.sinusoids(jnp.arange(shape[0]), shape[1]).astype(dtype)
 
 
 class SequenceClassifier(nn.Module):
