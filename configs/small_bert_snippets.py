@@ -41,6 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 intermediate_size=1024,
                 max_positions=128,
                 initializer_range=0.05,
+                sinusoidal_start=True,
                 unroll=4,
             ),
             num_outputs=2,
