@@ -36,17 +36,19 @@ Arms = Mapping[str, Sequence[Run]]
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A number that somebody else reported.
+    """A number that somebody else reported, or that stands for doing without the claim.
 
     Attributes:
       value: in the metric's own unit: an accuracy of 86 % is 0.86.
       what: what it is: which table, which seeds.
       checked: whether it was compared with its source by whoever wrote it down here.
+      name: what sentences call it.
     """
 
     value: float
     what: str
     checked: bool
+    name: str = "the published number"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +343,9 @@ def _amount(metric: str, difference: float, sign: str = "") -> str:
 
 
 def _opponent(claim: Claim) -> str:
-    return "the published number" if claim.rule.against == PUBLISHED else claim.arms[claim.rule.against]
+    if claim.rule.against == PUBLISHED and claim.published:
+        return claim.published.name
+    return claim.arms[claim.rule.against]
 
 
 def _page(entry: Entry) -> str:
@@ -452,7 +456,7 @@ def _draw(folder: pathlib.Path, entry: Entry) -> None:
     values = {claim.arms[arm]: [r.number(claim.metric) for r in found] for arm, found in entry.arms.items() if found}
     if not values:
         return
-    reference = ("published", claim.published.value) if claim.published else None
+    reference = (claim.published.name, claim.published.value) if claim.published else None
     figures.results(values, claim.metric, folder / "results.png", reference=reference, title=claim.title)
     if claim.curves:
         named = {f"{arm}/{run.path.name}": (arm, run) for arm, found in entry.arms.items() for run in found}

@@ -46,8 +46,8 @@ def load_params(
     config = load_config(folder)
     config.mesh = None  # that of the run may need other devices than there are
     _, params = restore_params(Experiment(config, workdir=folder), folder, checkpoint)
-    held = {_renamed(name, renames): leaf for name, leaf in _flatten(params).items()}
-    wanted = _flatten(params_shape)
+    held = {_renamed(name, renames): leaf for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
+    wanted = flax.traverse_util.flatten_dict(params_shape, sep="/")
     fresh = {name for name in wanted if any(re.search(pattern, name) for pattern in new)}
     for name, shape in wanted.items():
         if name not in held and name not in fresh:
@@ -72,7 +72,3 @@ def _whole(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")

@@ -9,23 +9,16 @@ included and compilation left out. This project is timed without a cache too, to
 """
 
 import argparse
-import datetime
-import json
-import os
 import pathlib
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 
 import jax
 import numpy as np
 
-from research import assets
+from research import assets, benchmark
 from research.errors import UserError
 from research.pretrained import huggingface
-from research.record import git_revision, write_json
 from research.variants import SMOLLM2
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -41,47 +34,18 @@ def export(folder: pathlib.Path) -> None:
 
 def run(side: str, arguments: argparse.Namespace, folder: pathlib.Path, round_number: int) -> dict:
     """Runs one side once, records it, and returns its tokens and its tokens per second."""
-    python = sys.executable if side == "ours" else str(arguments.peer_python)
-    threads = str(arguments.threads)
-    cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
+    python = sys.executable if side == "ours" else arguments.peer_python
     sizes = [arguments.batch_size, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats]
-    start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    process = subprocess.run(
-        [python, str(HERE / SIDES[side]), str(folder), *map(str, sizes)],
-        env=os.environ
-        | {"OMP_NUM_THREADS": threads, "NPROC": threads, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-        | {"PYTHONPATH": str(HERE.parents[1])},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
-    if process.returncode:
-        raise UserError(f"{side} ended with status {process.returncode}: {process.stderr.strip()[-2000:]}")
-    said = json.loads(process.stdout.strip().splitlines()[-1])
+    said = benchmark.run([python, HERE / SIDES[side], folder, *sizes], arguments.threads)
     count = arguments.batch_size * arguments.new_tokens
     speeds = {name: count / statistics.median(seconds) for name, seconds in said["seconds"].items()}
-    record = arguments.output / f"batch-{arguments.batch_size}" / side / f"round-{round_number}"
-    record.mkdir(parents=True, exist_ok=True)
-    names = ("batch_size", "prompt_tokens", "new_tokens", "threads")
-    write_json(record / "config.json", {"model": SMOLLM2, **{name: getattr(arguments, name) for name in names}})
-    write_json(
-        record / "run.json",
-        {
-            "command": shlex.join(sys.orig_argv),
-            "git": git_revision(),
-            "python": platform.python_version(),
-            "packages": said["packages"],
-            "devices": {"kind": "cpu", "count": 1, "hosts": 1},
-            "seed": 0,
-            "start": start,
-            "ended": "finished",
-        },
-    )
-    (record / "metrics.jsonl").write_text("")
-    result = {"step": 0, "metrics": {}, "tokens_per_second": speeds["cached"]}
+    result = {"tokens_per_second": speeds["cached"]}
     if "anew" in speeds:
         result["tokens_per_second_without_cache"] = speeds["anew"]
-    write_json(record / "result.json", result)
+    names = ("batch_size", "prompt_tokens", "new_tokens", "threads")
+    config = {"model": SMOLLM2, **{name: getattr(arguments, name) for name in names}}
+    record = arguments.output / f"batch-{arguments.batch_size}" / side / f"round-{round_number}"
+    benchmark.record(record, config, said, result)
     return said | {"speeds": speeds}
 
 
@@ -113,7 +77,7 @@ def main() -> int:
             f"and in both programs: {100 * same:.0f} %",
             flush=True,
         )
-    print(f"median ratio: {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(benchmark.summary(ratios))
     return 0
 
 

@@ -9,20 +9,14 @@ side's speed is the tokens of a batch over the median seconds of a step, compila
 """
 
 import argparse
-import datetime
-import json
-import os
 import pathlib
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 
 from workloads import WORKLOADS
 
+from research import benchmark
 from research.errors import UserError
-from research.record import git_revision, write_json
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIDES = {"ours": "ours.py", "pytorch": "peer.py"}
@@ -31,44 +25,16 @@ SIDES = {"ours": "ours.py", "pytorch": "peer.py"}
 def run(side: str, arguments: argparse.Namespace, round_number: int) -> float:
     """Runs one side once, records it, and returns its tokens per second."""
     work = WORKLOADS[arguments.workload]
-    python = sys.executable if side == "ours" else str(arguments.peer_python)
-    threads = str(arguments.threads)
-    cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
-    start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    process = subprocess.run(
-        [python, str(HERE / SIDES[side]), arguments.workload, str(arguments.steps)],
-        env=os.environ
-        | {"OMP_NUM_THREADS": threads, "NPROC": threads, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-        | {"PYTHONPATH": str(HERE.parents[1])},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    python = sys.executable if side == "ours" else arguments.peer_python
+    said = benchmark.run([python, HERE / SIDES[side], arguments.workload, arguments.steps], arguments.threads)
+    speed = work.batch_size * work.length / statistics.median(said["seconds"])
+    benchmark.record(
+        arguments.output / arguments.workload / side / f"round-{round_number}",
+        {"workload": arguments.workload, **vars(work), "threads": arguments.threads},
+        said,
+        {"tokens_per_second": speed} | {k: said[k] for k in ("compile_seconds", "parameters", "loss")},
+        [{"step": i, "train/step_seconds": seconds} for i, seconds in enumerate(said["seconds"], start=1)],
     )
-    if process.returncode:
-        raise UserError(f"{side} ended with status {process.returncode}: {process.stderr.strip()[-2000:]}")
-    said = json.loads(process.stdout.strip().splitlines()[-1])
-    tokens = work.batch_size * work.length
-    speed = tokens / statistics.median(said["seconds"])
-    folder = arguments.output / arguments.workload / side / f"round-{round_number}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"workload": arguments.workload, **vars(work), "threads": arguments.threads})
-    write_json(
-        folder / "run.json",
-        {
-            "command": shlex.join(sys.orig_argv),
-            "git": git_revision(),
-            "python": platform.python_version(),
-            "packages": said["packages"],
-            "devices": {"kind": "cpu", "count": 1, "hosts": 1},
-            "seed": 0,
-            "start": start,
-            "ended": "finished",
-        },
-    )
-    rows = [{"step": i, "train/step_seconds": seconds} for i, seconds in enumerate(said["seconds"], start=1)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = {"step": arguments.steps, "metrics": {}, "tokens_per_second": speed}
-    write_json(folder / "result.json", result | {k: said[k] for k in ("compile_seconds", "parameters", "loss")})
     return speed
 
 
@@ -89,7 +55,7 @@ def main() -> int:
         ratios.append(speeds["ours"] / speeds["pytorch"])
         shown = "  ".join(f"{side} {speed:,.0f} tokens/s" for side, speed in speeds.items())
         print(f"round {number}  {shown}  ratio {ratios[-1]:.2f}", flush=True)
-    print(f"median ratio: {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(benchmark.summary(ratios))
     return 0
 
 

@@ -145,7 +145,6 @@ class Encoder(nn.Module):
         mask = layers.attention_mask(attention_mask_BxT, input_ids_BxT.shape[1], causal=False)
         return layers.stack(self.layers, self.num_layers, x_BxTxD, mask=mask, unroll=self.unroll, remat=self.remat)
 
-
     def _sinusoids(self, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
         """Initialises positions such that those at any one distance are the same rotation apart."""
         del key

@@ -1,0 +1,79 @@
+"""What the benchmark scripts of experiments/ share: programs run in turns on the same cores, and recorded as runs."""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.errors import UserError
+from research.record import git_revision, write_json
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(command: Sequence[object], threads: int) -> dict[str, Any]:
+    """Runs a program, bound to the first `threads` cores, and returns the JSON object in the last line that it prints.
+
+    `start`, in ISO 8601, is added to it.
+
+    Raises:
+      UserError: the program fails; the end of what it said is quoted.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    counts = {"OMP_NUM_THREADS": str(threads), "NPROC": str(threads)}  # of PyTorch, and of XLA on a CPU
+    start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    process = subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | counts | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    if process.returncode:
+        raise UserError(f"{command[1]} ended with status {process.returncode}: {process.stderr.strip()[-2000:]}")
+    return {"start": start, **json.loads(process.stdout.strip().splitlines()[-1])}
+
+
+def record(
+    folder: pathlib.Path,
+    config: Mapping[str, Any],
+    said: Mapping[str, Any],
+    result: Mapping[str, Any],
+    rows: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """Writes a folder that `research.report --record` takes for a run's.
+
+    Args:
+      folder: where to write; it is made.
+      config: what was measured.
+      said: what `run` returned, with the program's "packages" and their versions.
+      result: what goes into result.json, beside its "step" and "metrics".
+      rows: the lines of metrics.jsonl.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", dict(config))
+    facts = {
+        "command": shlex.join(sys.orig_argv),
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "packages": said["packages"],
+        "devices": {"kind": "cpu", "count": 1, "hosts": 1},
+        "seed": 0,
+        "start": said["start"],
+        "ended": "finished",
+    }
+    write_json(folder / "run.json", facts)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_json(folder / "result.json", {"step": len(rows), "metrics": {}, **result})
+
+
+def summary(ratios: Sequence[float]) -> str:
+    """Returns a line on the ratios of all rounds."""
+    return f"median ratio: {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})"
