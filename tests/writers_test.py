@@ -1,6 +1,8 @@
 import json
 import math
 
+import numpy as np
+import PIL.Image
 import pytest
 from tensorboardX.proto import event_pb2
 
@@ -97,3 +99,16 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
 
 def test_duration():
     assert [duration(s) for s in (0, 59.6, 125, 3723)] == ["0:00", "1:00", "2:05", "1:02:03"]
+
+
+def test_pictures_go_to_a_file_a_step_and_to_tensorboard(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    writer = Writer(tmp_path, 0)
+    writer.write(10, {"samples/distance": 2.0}, {"samples/grid": picture})
+    writer.close()
+    path = tmp_path / "figures" / "samples" / "grid-10.png"
+    assert (np.asarray(PIL.Image.open(path)) == picture).all()
+    shown = [event for event in events(tmp_path) if event.summary.value and event.summary.value[0].HasField("image")]
+    assert [(event.step, event.summary.value[0].tag) for event in shown] == [(10, "samples/grid")]
+    assert shown[0].summary.value[0].image.encoded_image_string == path.read_bytes()
+    assert json.loads((tmp_path / METRICS).read_text()) == {"step": 10, "samples/distance": 2.0}

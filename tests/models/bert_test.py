@@ -253,3 +253,12 @@ def test_the_head_dropout_of_tokens_is_used_and_only_with_a_key(name):
 def test_a_question_answerer_drops_nothing_unless_it_is_told_to():
     assert heads()["question_answerer"].head_dropout == 0.0
     assert heads()["token_classifier"].head_dropout == 0.1
+
+
+def test_positions_may_begin_as_sinusoids_as_large_as_the_others():
+    encoder = bert.Encoder(**SIZES | {"hidden_size": 48}, initializer_range=0.1, sinusoidal_start=True)
+    table = encoder.init(jax.random.key(0), tokens())["params"]["embeddings"]["position"]["embedding"]
+    np.testing.assert_allclose(np.square(table).mean(), 0.1**2, rtol=1e-5)
+    products = np.asarray(table @ table.T)
+    for distance in (0, 1, 5):  # they depend on the distance alone
+        np.testing.assert_allclose(np.diagonal(products, distance), products[0, distance], rtol=1e-4)

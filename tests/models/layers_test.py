@@ -31,13 +31,14 @@ def random_params(module, *arguments):
     return jax.tree.map(lambda leaf: 0.3 * normal(leaf.size, *leaf.shape), shapes)
 
 
-def block(dropout=0.0, name=None, **shared):
+def block(dropout=0.0, name=None, drop_path=0.0, **shared):
     return layers.Block(
         attention=functools.partial(layers.Attention, 3, dropout=dropout, **shared),
         mlp=functools.partial(layers.MLP, 20, **shared),
         norm=functools.partial(layers.LayerNorm, 1e-3, dtype=shared.get("dtype", jnp.float32)),
         norm_first=False,
         dropout=dropout,
+        drop_path=drop_path,
         name=name,
     )
 
@@ -49,11 +50,13 @@ class Stack(nn.Module):
     unroll: int = 1
     remat: bool = False
     dropout: float = 0.0
+    drop_path: float = 0.0
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, mask=None):
-        inner = block(self.dropout, "layers", kernel_init=nn.initializers.normal(0.3), dtype=jnp.dtype(self.dtype))
+        options = {"kernel_init": nn.initializers.normal(0.3), "dtype": jnp.dtype(self.dtype)}
+        inner = block(self.dropout, "layers", self.drop_path, **options)
         return layers.stack(inner, self.num_layers, x, mask=mask, unroll=self.unroll, remat=self.remat)
 
 
@@ -256,3 +259,35 @@ def test_attention_weights_of_every_layer_can_be_read():
     weights = state["intermediates"]["layers"]["attention"]["weights"][0]
     assert weights.shape == (4, 2, 3, 6, 6)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+
+
+def test_drop_path_skips_whole_examples_more_often_the_deeper():
+    x = jnp.ones((4000, 2, 3))
+    for depth, share in ((0.0, 0.0), (0.5, 0.2), (1.0, 0.4)):
+        y = np.asarray(layers.DropPath(0.4).apply({}, x, jnp.asarray(depth), rngs={"dropout": jax.random.key(1)}))
+        assert set(np.unique(y.round(4))) <= {0.0, np.float32(round(1 / (1 - share), 4))}
+        assert (y == y[:, :1, :1]).all()
+        np.testing.assert_allclose((y[:, 0, 0] == 0).mean(), share, atol=0.03)
+        np.testing.assert_allclose(y.mean(), 1, atol=0.05)
+    assert layers.DropPath(0.4).apply({}, x, jnp.asarray(1.0)) is x
+
+
+def test_a_stack_drops_paths_with_a_key_and_is_whole_without():
+    module, plain, x = Stack(drop_path=0.9), Stack(), normal(0, 64, 3, 12)
+    params = random_params(module, x)
+    np.testing.assert_allclose(apply(module, params, x), apply(plain, params, x), rtol=1e-5, atol=1e-5)
+    dropped = apply(module, params, x, rngs={"dropout": jax.random.key(0)})
+    same = np.isclose(dropped, apply(plain, params, x), rtol=1e-4, atol=1e-4).all(axis=(1, 2))
+    assert same.mean() < 0.3
+
+
+def test_layer_scale_multiplies_what_a_part_adds():
+    x, scaled = normal(0, 2, 3, 12), block().clone(norm_first=True, layer_scale=0.5)
+    params = random_params(scaled, x)
+    assert params["attention_scale"].shape == params["mlp_scale"].shape == (12,)
+    zero = params | {name: jnp.zeros(12) for name in ("attention_scale", "mlp_scale")}
+    np.testing.assert_array_equal(apply(scaled, zero, x), x)
+    ones = params | {name: jnp.ones(12) for name in ("attention_scale", "mlp_scale")}
+    plain = {name: leaf for name, leaf in params.items() if not name.endswith("_scale")}
+    expected = apply(block().clone(norm_first=True), plain, x)
+    np.testing.assert_allclose(apply(scaled, ones, x), expected, rtol=1e-6, atol=1e-6)
