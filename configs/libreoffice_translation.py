@@ -92,6 +92,8 @@ def t5(config: ConfigDict) -> ConfigDict:
     config.task.model.update(T5)
     config.task.label_smoothing = 0.0
     config.num_epochs = 5.0
+    # T5's embeddings begin with a variance of 1. The steps of its Adafactor are as large as a parameter is, AdamW's not.
+    config.optimizer.update(learning_rate=2e-3, learning_rate_multipliers=(("word/embedding", 10.0),))
     return config
 
 
@@ -120,7 +122,7 @@ def t5_pretrained(config: ConfigDict) -> ConfigDict:
 def tiny(config: ConfigDict) -> ConfigDict:
     config.task.model.update(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
     config.decoding.update(num_beams=2, max_new_tokens=8)
-    config.optimizer.average = None
+    config.optimizer.update(average=None, learning_rate_multipliers=())
     return tiny_documents(config, length=32, fields=("source", "target"))
 
 

@@ -63,7 +63,8 @@ def data(split: str, train: bool = False) -> dict:
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    config.task.model.encoder.update(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64)
+    small = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, initializer_range=0.1)
+    config.task.model.encoder.update(small)
     return tiny_images(config, size=28, channels=1)
 
 

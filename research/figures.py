@@ -77,7 +77,7 @@ def curves(
         axes[0].text(0.5, 0.5, "nothing was logged yet", ha="center", transform=axes[0].transAxes)
         axes[0].set_axis_off()
     colours = _colours(dict.fromkeys(groups[name] for name in runs))
-    last_step = max((row["step"] for rows in runs.values() for row in rows), default=1)
+    last_step = max([1, *(row["step"] for rows in runs.values() for row in rows)])
     for panel, (leaf, members) in zip(axes, panels.items()):
         _draw_panel(panel, leaf, members, runs, groups, colours)
         panel.set_xlim(-0.03 * last_step, 1.04 * last_step)  # the same in every panel

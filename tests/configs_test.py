@@ -126,6 +126,7 @@ STOCK = {
 OWN = {
     "jane_austen": {"text": "the cat sat on the mat", "title": "Cat"},
     "libreoffice": {"source": "the cat", "target": "die Katze"},
+    "fashion_mnist": {"image": np.zeros((28, 28, 1), np.uint8), "label": 3},
 }
 
 

@@ -6,6 +6,7 @@ from research.data.source import Source
 from research.errors import UserError
 
 NAMES = ("disc", "square", "cross")
+BRIGHTNESS = ((100, 140), (160, 200), (216, 256))  # of each class, so that a few steps are enough to tell them apart
 
 
 def shapes(count: int = 48, size: int = 28, channels: int = 3, objects: int = 1, seed: int = 0) -> Source:
@@ -32,7 +33,7 @@ def _draw(number: int, size: int, channels: int, objects: int, seed: int) -> dic
         label, side = (number + place) % len(NAMES), int(rng.integers(max(strip // 2, 5), strip))
         top, left = int(rng.integers(0, size - side + 1)), place * strip + int(rng.integers(0, strip - side + 1))
         window = image[top : top + side, left : left + side]
-        window[_mask(label, side)] = rng.integers(150, 256, channels)
+        window[_mask(label, side)] = rng.integers(*BRIGHTNESS[label], channels)
         boxes.append([top, left, top + side, left + side])
         labels.append(label)
     found = {"bbox": np.asarray(boxes, np.float32) / size, "label": np.asarray(labels)}

@@ -168,7 +168,7 @@ def _prepare(builder: DatasetBuilder, name: str) -> None:
     logging.info("preparing %s in %s", name, builder.data_path)
     try:
         # TFDS retries ten times, each after twice the time: minutes where there is no network.
-        with _quietly() if own else mock.patch.object(downloader, "MAX_RETRIES", 3):
+        with _quietly() if own else contextlib.nullcontext(), mock.patch.object(downloader, "MAX_RETRIES", 3):
             builder.download_and_prepare(file_format="array_record")
     except UserError:
         raise

@@ -70,7 +70,11 @@ def _files(dl_manager: Any, manual: pathlib.Path) -> dict[str, tuple[pathlib.Pat
     except UserError as error:
         logging.info("fashion_mnist is not in a package registry here (%s); downloading it", error)
     names = {name: mnist.FashionMNIST.URL + name for pair in _names().values() for name in pair}
-    paths = {name: pathlib.Path(path) for name, path in dl_manager.download(names).items()}
+    try:
+        paths = {name: pathlib.Path(path) for name, path in dl_manager.download(names).items()}
+    except OSError as error:  # requests' too
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"fashion_mnist cannot be downloaded ({reason}); put its four files into '{manual}'") from None
     return {split: (paths[images], paths[labels]) for split, (images, labels) in _names().items()}
 
 
