@@ -92,7 +92,7 @@ def t5(config: ConfigDict) -> ConfigDict:
     config.task.model.update(T5)
     config.task.label_smoothing = 0.0
     config.num_epochs = 5.0
-    # T5's embeddings begin with a variance of 1. The steps of its Adafactor are as large as a parameter is, AdamW's not.
+    # T5's embeddings begin with a variance of 1. Its Adafactor's steps grow with a parameter's size, AdamW's do not.
     config.optimizer.update(learning_rate=2e-3, learning_rate_multipliers=(("word/embedding", 10.0),))
     return config
 
