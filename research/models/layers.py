@@ -435,7 +435,9 @@ class Attention(nn.Module):
         *,
         bias: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
+        position_BxTxD: jax.Array | None = None,
         source_BxSxD: jax.Array | None = None,
+        source_position_BxSxD: jax.Array | None = None,
         index: jax.Array | None = None,
     ) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; sows the weights [B, H, T, S] as intermediates.
@@ -445,7 +447,9 @@ class Attention(nn.Module):
           mask: see `attention`.
           bias: see `attention`.
           rotary: sine and cosine, see `rotary_angles`.
+          position_BxTxD: added to what queries and keys are made from, and not to what values are (Carion 2020).
           source_BxSxD: what is attended to instead (cross-attention).
+          source_position_BxSxD: added to what keys are made from where there is a source.
           index: where in the cache the new keys and values go; None computes without one.
         """
         batch, length, width = x_BxTxD.shape
@@ -460,15 +464,21 @@ class Attention(nn.Module):
             dense = Dense(count * head_width, self.use_bias, self.dtype, init or self.kernel_init, name=name)
             return dense(x).reshape(*x.shape[:-1], count, head_width)
 
+        def placed(x: jax.Array, position: jax.Array | None) -> jax.Array:
+            return x if position is None else x + position.astype(x.dtype)
+
         def turn(x: jax.Array, name: str) -> jax.Array:
             x = self.query_key_norm(name=f"{name}_norm")(x) if self.query_key_norm else x
             return rotate(x, *rotary) if rotary else x
 
         def keys_and_values() -> tuple[jax.Array, jax.Array]:
-            source = x_BxTxD if source_BxSxD is None else source_BxSxD
-            return turn(project("key", source, groups), "key"), project("value", source, groups)
+            source, position = x_BxTxD, position_BxTxD
+            if source_BxSxD is not None:
+                source, position = source_BxSxD, source_position_BxSxD
+            key = turn(project("key", placed(source, position), groups), "key")
+            return key, project("value", source, groups)
 
-        query_BxTxHxK = turn(project("query", x_BxTxD, heads, self.query_init), "query")
+        query_BxTxHxK = turn(project("query", placed(x_BxTxD, position_BxTxD), heads, self.query_init), "query")
         if index is None:
             key, value = keys_and_values()
         elif source_BxSxD is not None:
@@ -570,8 +580,10 @@ class Block(nn.Module):
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
+        position_BxTxD: jax.Array | None = None,
         source_BxSxD: jax.Array | None = None,
         source_mask: jax.Array | None = None,
+        source_position_BxSxD: jax.Array | None = None,
         index: jax.Array | None = None,
         depth: jax.Array | None = None,
     ) -> jax.Array:
@@ -592,11 +604,12 @@ class Block(nn.Module):
             x += y
             return x if self.norm_first else norm(x)
 
-        own = {"mask": mask, "bias": bias, "rotary": rotary, "index": index}
-        x_BxTxD = add(x_BxTxD, self.attention(name="attention"), **own)
+        shared = {"position_BxTxD": position_BxTxD, "index": index}
+        own = {"mask": mask, "bias": bias, "rotary": rotary}
+        x_BxTxD = add(x_BxTxD, self.attention(name="attention"), **own, **shared)
         if source_BxSxD is not None:
-            other = {"mask": source_mask, "source_BxSxD": source_BxSxD, "index": index}
-            x_BxTxD = add(x_BxTxD, self.attention(name="cross_attention"), **other)
+            source = {"source_BxSxD": source_BxSxD, "source_position_BxSxD": source_position_BxSxD}
+            x_BxTxD = add(x_BxTxD, self.attention(name="cross_attention"), mask=source_mask, **source, **shared)
         return add(x_BxTxD, self.mlp(name="mlp"))
 
 
@@ -619,14 +632,34 @@ def stack(
     """
     if block.has_variable("params", "0"):
         return _one_by_one(block, num_layers, x, context)
+    return _scan(block, num_layers, x, unroll, remat, context)[0]
 
+
+def every_output(
+    block: nn.Module, num_layers: int, x: jax.Array, *, unroll: int = 1, remat: bool = False, **context: Any
+) -> jax.Array:
+    """Applies blocks as `stack` does and returns the outputs of all of them, [num_layers, B, T, D]."""
+    return _scan(block, num_layers, x, unroll, remat, context, every=True)[1]
+
+
+def _scan(
+    block: nn.Module,
+    num_layers: int,
+    x: jax.Array,
+    unroll: int,
+    remat: bool,
+    context: dict[str, Any],
+    every: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Returns the output of the last block and, where `every` one is asked for, those of all, stacked."""
     # A share that is 0 everywhere is left out: blocks need not know of depth.
     scanned = {"depth": jnp.linspace(0, 1, num_layers)} if getattr(block, "drop_path", 0.0) else {}
 
     def step(
         block: nn.Module, x: jax.Array, context: dict[str, Any], own: dict[str, jax.Array]
-    ) -> tuple[jax.Array, None]:
-        return block(x, **context, **own), None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        x = block(x, **context, **own)
+        return x, x if every else None
 
     scan = nn.scan(
         nn.remat(step, prevent_cse=False) if remat else step,
@@ -636,7 +669,7 @@ def stack(
         length=num_layers,
         unroll=min(unroll, num_layers),
     )
-    return scan(block, x, context, scanned)[0]
+    return scan(block, x, context, scanned)
 
 
 def _one_by_one(block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any]) -> jax.Array:

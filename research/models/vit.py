@@ -4,7 +4,7 @@ Shape letters beyond those of `layers`: N patches of an image, row by row; P tok
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -51,14 +51,14 @@ def cut(image_BxHxWxC: jax.Array, patch_size: int) -> jax.Array:
     return x.swapaxes(2, 3).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
-def join(squares_BxNxF: jax.Array, shape: tuple[int, int], patch_size: int) -> jax.Array:
+def join(squares_BxNxF: jax.Array, shape: Sequence[int], patch_size: int) -> jax.Array:
     """Returns the images [B, H, W, C] of height and width `shape` that `cut` cuts into these patches."""
     rows, columns = grid(shape, patch_size)
     x = squares_BxNxF.reshape(squares_BxNxF.shape[0], rows, columns, patch_size, patch_size, -1)
     return x.swapaxes(2, 3).reshape(x.shape[0], *shape, x.shape[-1])
 
 
-def grid(shape: tuple[int, int], patch_size: int) -> tuple[int, int]:
+def grid(shape: Sequence[int], patch_size: int) -> tuple[int, int]:
     """Returns how many rows and columns of patches an image of height and width `shape` has, or raises UserError."""
     if shape[0] % patch_size or shape[1] % patch_size:
         raise UserError(f"images of {shape[0]} x {shape[1]} pixels cannot be cut into patches of {patch_size}")
@@ -213,7 +213,7 @@ class Encoder(nn.Module):
         return self.norm(x_BxTxD)
 
 
-POOLINGS = ("token", "mean")
+POOLINGS = ("token", "mean", "token_and_mean")
 
 
 class ImageClassifier(nn.Module):
@@ -222,7 +222,8 @@ class ImageClassifier(nn.Module):
     Attributes:
       encoder: maps images to [B, P + N, D].
       num_outputs: classes, labels or regression targets.
-      pooling: what the layer is applied to: the first "token", or the "mean" of the patches.
+      pooling: what the layer is applied to: the first "token", the "mean" of the patches, or both, side by side:
+        "token_and_mean" (Oquab 2023).
       head_dropout: before the layer.
     """
 
@@ -238,10 +239,44 @@ class ImageClassifier(nn.Module):
         """Maps images float [B, H, W, C] to logits float32 [B, num_outputs]."""
         if self.pooling not in POOLINGS:
             raise UserError(f"pooling: unknown '{self.pooling}'{nearest(self.pooling, POOLINGS)}")
-        if self.pooling == "token" and not self.encoder.prefix_tokens:
-            raise UserError("pooling: 'token' needs an encoder with prefix_tokens")
-        hidden_BxTxD = self.encoder(image_BxHxWxC)
-        patches_BxNxD = hidden_BxTxD[:, self.encoder.prefix_tokens :]
-        pooled_BxD = hidden_BxTxD[:, 0] if self.pooling == "token" else patches_BxNxD.mean(axis=1)
-        pooled_BxD = layers.Dropout(self.head_dropout, name="head_dropout")(pooled_BxD.astype(jnp.float32))
-        return layers.Dense(self.num_outputs, name="head_output")(pooled_BxD)
+        prefix = self.encoder.prefix_tokens
+        if self.pooling != "mean" and not prefix:
+            raise UserError(f"pooling: '{self.pooling}' needs an encoder with prefix_tokens")
+        hidden_BxTxD = self.encoder(image_BxHxWxC).astype(jnp.float32)
+        token_BxD, mean_BxD = hidden_BxTxD[:, 0], hidden_BxTxD[:, prefix:].mean(axis=1)
+        parts = {"token": [token_BxD], "mean": [mean_BxD], "token_and_mean": [token_BxD, mean_BxD]}[self.pooling]
+        pooled = jnp.concatenate(parts, axis=-1)
+        pooled = layers.Dropout(self.head_dropout, name="head_dropout")(pooled)
+        return layers.Dense(self.num_outputs, name="head_output")(pooled)
+
+
+class DistilledClassifier(nn.Module):
+    """An encoder with a class token and a distillation token, and a linear layer for each (Touvron 2021, section 4).
+
+    Attributes:
+      encoder: maps images to [B, 2 + N, D].
+      num_outputs: classes.
+    """
+
+    encoder: Encoder
+    num_outputs: int
+
+    inputs: ClassVar[tuple[str, ...]] = ("image",)
+
+    def setup(self):
+        """Makes the two layers."""
+        if self.encoder.prefix_tokens != 2:
+            found = self.encoder.prefix_tokens
+            raise UserError(f"encoder: a class and a distillation token are 2 prefix_tokens, not {found}")
+        self.head_output = layers.Dense(self.num_outputs)
+        self.head_distillation = layers.Dense(self.num_outputs)
+
+    def __call__(self, image_BxHxWxC: jax.Array) -> jax.Array:
+        """Maps images float [B, H, W, C] to the mean of both logits, float32 [B, num_outputs]."""
+        label_BxC, teacher_BxC = self.heads(image_BxHxWxC)
+        return (label_BxC + teacher_BxC) / 2
+
+    def heads(self, image_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits of the label and those of what the teacher says, each float32 [B, num_outputs]."""
+        hidden_BxTxD = self.encoder(image_BxHxWxC).astype(jnp.float32)
+        return self.head_output(hidden_BxTxD[:, 0]), self.head_distillation(hidden_BxTxD[:, 1])

@@ -177,6 +177,8 @@ class Tensor:
       beside: a path of ours without which the line does not hold.
       unless: a path of ours with which the line does not hold.
       instead: the name of the tensor that is read where the file lacks `theirs`.
+      numbers: what stands in place of "{}" instead of 0, 1, 2, ...
+      shared: a path of ours that every layer has; ours is shared by the layers, and theirs is a copy for each of them.
     """
 
     ours: tuple[str, ...]
@@ -186,11 +188,13 @@ class Tensor:
     beside: str = ""
     unless: str = ""
     instead: str = ""
+    numbers: tuple[str, ...] = ()
+    shared: str = ""
 
     @property
     def pattern(self) -> str:
         """A regular expression of the names that `theirs` stands for."""
-        return re.escape(self.theirs).replace(r"\{\}", r"\d+")
+        return re.escape(self.theirs).replace(r"\{\}", f"({'|'.join(self.numbers)})" if self.numbers else r"\d+")
 
     def holds(self, paths: Container[str]) -> bool:
         """Says whether the line is about a model of parameters at these paths."""
@@ -230,6 +234,8 @@ class Family:
       only: keys of config.json of which we implement one value, that one.
       unused: regular expressions of the names of tensors that may be left unread, as those of other kinds may be.
       copies: which of those, where they are left unread, must equal another tensor.
+      rename: returns what the table calls a tensor for the name that a file has for it.
+      diffusers: for a family of Diffusers, its classes, by whose names folders are known instead of a model_type.
     """
 
     prefix: str
@@ -238,6 +244,8 @@ class Family:
     only: Mapping[str, Any]
     unused: Sequence[str]
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rename: Callable[[str], str] = lambda name: name
+    diffusers: tuple[str, ...] = ()
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Raises UserError if `config` asks for what we do not implement."""

@@ -1,7 +1,7 @@
 """Import from and export to Hugging Face folders: config.json, weights, tokenizer files.
 
-Nothing here knows a family: `bert.py` and its like declare the names (see `family.py`). A GGUF file is read as the
-folder that it was made from.
+Nothing here knows a family: `bert.py` and its like declare the names (see `family.py`). A GGUF or ONNX file is
+read as the folder that it was made from.
 """
 
 import dataclasses
@@ -22,12 +22,15 @@ import numpy as np
 import research.pretrained
 from research import assets
 from research.errors import UserError, nearest
-from research.pretrained import gguf, weight_files
+from research.pretrained import gguf, onnx, weight_files
 from research.pretrained.family import Family, Kind, Tensor, override
 from research.pretrained.torch_zip import Stored
 
 _PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
-_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+_CLASSIFIERS = (
+    *("ForSequenceClassification", "ForTokenClassification"),
+    *("ForImageClassification", "ForImageClassificationWithTeacher", "ForObjectDetection"),
+)
 _FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 
 
@@ -63,13 +66,28 @@ def token_classifier(path: str, num_outputs: int | None = None, **overrides: Any
     return _classifier(path, "token_classifier", num_outputs, overrides)
 
 
+def detector(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
+    """Returns the detector that a folder's config.json describes; see `sequence_classifier`."""
+    return _classifier(path, "detector", num_outputs, overrides)
+
+
+def image_classifier(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
+    """Returns the image classifier that a folder or an ONNX file describes; see `sequence_classifier`."""
+    return _classifier(path, "image_classifier", num_outputs, overrides)
+
+
+def distilled_image_classifier(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
+    """Returns the image classifier with a distillation token that a folder's config.json describes."""
+    return _classifier(path, "distilled_image_classifier", num_outputs, overrides)
+
+
 def load_model(path: str, kind: str, **fields: Any) -> nn.Module:
-    """Returns the model of that kind that a folder's config.json, or a GGUF file, describes, with `fields` replaced."""
+    """Returns the model of that kind that a folder's config.json, or a file, describes, with `fields` replaced."""
     config = _read_config(assets.resolve(path))
     family = _family(config)
     family.check(config)
     if kind not in family.kinds:
-        raise UserError(f"{config['model_type']} has no '{kind}'{nearest(kind, family.kinds)}")
+        raise UserError(f"{_model_type(config)} has no '{kind}'{nearest(kind, family.kinds)}")
     chosen = family.kinds[kind]
     return chosen.build(override(chosen, chosen.read(config), fields))
 
@@ -86,7 +104,7 @@ def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: boo
     """Reads a folder's weights into the layout of `model.init`.
 
     Args:
-      path: a Hugging Face folder or a GGUF file, in any form that `assets.resolve` takes.
+      path: a Hugging Face folder, a GGUF file or an ONNX file, in any form that `assets.resolve` takes.
       model: the model that the weights are for.
       params_shape: its parameters as a tree of `jax.ShapeDtypeStruct`.
       new_head: leave the checkpoint's task head unread and begin a new one.
@@ -104,7 +122,7 @@ def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: boo
     family.check(config)
     kind = family.kind_of(model)
     if kind is None:
-        raise UserError(f"{path} holds a model of the {config['model_type']} family, not a {type(model).__name__}")
+        raise UserError(f"{path} holds a model of the {_model_type(config)} family, not a {type(model).__name__}")
     _check_same_model(path, kind, config, model)
     shapes = {name: tuple(leaf.shape) for name, leaf in _flatten(params_shape).items()}
     stored = _canonical(weight_files.read(folder), family)
@@ -133,7 +151,7 @@ def save(
     config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> pathlib.Path:
-    """Writes a folder that `transformers`' from_pretrained loads.
+    """Writes a folder that from_pretrained loads: that of `transformers`, or of `diffusers` for a family of its own.
 
     Args:
       folder: the folder to write, which must not exist yet or be empty. It appears whole or not at all.
@@ -155,12 +173,7 @@ def save(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name another folder to write the model to")
     model_type, family, kind = _family_of_model(model)
-    keys = {**kind.defaults, **(config or {}), **kind.write(kind.fields(model))} | {
-        "architectures": [kind.architecture],
-        "model_type": model_type,
-        "torch_dtype": "float32",  # read by Transformers 4
-        "dtype": "float32",  # read by Transformers 5
-    }
+    keys = {**kind.defaults, **(config or {}), **kind.write(kind.fields(model))} | _identity(model_type, family, kind)
     if "num_outputs" in kind.overridable():
         keys |= _label_keys(kind.fields(model)["num_outputs"], labels, problem_type)
     elif labels is not None or problem_type is not None:
@@ -176,7 +189,7 @@ def save(
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")
         for file in tokenizer_files:
             shutil.copyfile(file, partial / pathlib.Path(file).name)
-        weight_files.write(partial, tensors, max_shard_bytes)
+        weight_files.write(partial, tensors, max_shard_bytes, weight_files.STEMS[bool(family.diffusers)])
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -187,37 +200,58 @@ def save(
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     if gguf.is_file(folder):
         return gguf.config(folder)
+    if onnx.is_file(folder):
+        return onnx.config(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
     return weight_files.read_json(folder / "config.json")
 
 
-def _families() -> list[str]:
+def _families() -> dict[str, Family]:
     names = [module.name for module in pkgutil.iter_modules(research.pretrained.__path__)]
-    return [name for name in names if hasattr(importlib.import_module(f"research.pretrained.{name}"), "FAMILY")]
+    modules = {name: importlib.import_module(f"research.pretrained.{name}") for name in names}
+    return {name: module.FAMILY for name, module in modules.items() if hasattr(module, "FAMILY")}
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    """Returns what a folder is known by; those of Diffusers say the name of a class."""
+    return str(config.get("model_type", config.get("_class_name")))
+
+
+def _identity(model_type: str, family: Family, kind: Kind) -> dict[str, Any]:
+    """Returns the keys of config.json that say what a folder is."""
+    if family.diffusers:
+        return {"_class_name": kind.architecture}
+    return {
+        "architectures": [kind.architecture],
+        "model_type": model_type,
+        "torch_dtype": "float32",  # read by Transformers 4
+        "dtype": "float32",  # read by Transformers 5
+    }
 
 
 def _family(config: Mapping[str, Any]) -> Family:
-    model_type = str(config.get("model_type"))
+    families, model_type = _families(), _model_type(config)
+    classes = {name: family for family in families.values() for name in family.diffusers}
+    known = {name: family for name, family in families.items() if not family.diffusers} | classes
     name = model_type.replace("-", "_")
-    if name not in _families():
-        near = nearest(name, _families())
-        known = "" if "there are" in near else f" (there are: {', '.join(_families())})"
-        raise UserError(f"config.json has the unknown model_type '{model_type}'{near}{known}")
-    return importlib.import_module(f"research.pretrained.{name}").FAMILY
+    if name not in known:
+        near = nearest(name, known)
+        there = "" if "there are" in near else f" (there are: {', '.join(known)})"
+        raise UserError(f"config.json has the unknown model_type '{model_type}'{near}{there}")
+    return known[name]
 
 
 def _family_of_model(model: nn.Module) -> tuple[str, Family, Kind]:
     """Returns the first family whose config.json can say all that matters of `model`."""
     reasons = []
-    for name in _families():
-        family = importlib.import_module(f"research.pretrained.{name}").FAMILY
+    for name, family in _families().items():
         kind = family.kind_of(model)
         if kind is None:
             continue
         try:
             kind.write(kind.fields(model))
-            return name.replace("_", "-"), family, kind
+            return name, family, kind
         except UserError as error:
             reasons.append(str(error))
     why = "; ".join(reasons) or f"none has a {type(model).__name__} of such parts"
@@ -278,7 +312,8 @@ def _canonical(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored
     """Renames tensors to what the family's table calls them: with the prefix, and weight and bias in norms."""
     known = re.compile("|".join(family.names()))
     result: dict[str, Stored] = {}
-    for name, tensor in stored.items():
+    for stored_name, tensor in stored.items():
+        name = family.rename(stored_name)
         modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
         candidates = (name, family.prefix + name, modern, family.prefix + modern)
         canonical = next((candidate for candidate in candidates if known.fullmatch(candidate)), name)
@@ -293,9 +328,13 @@ def _expand(tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[t
     ours = [shapes[path] for path in tensor.ours]
     if "{}" not in tensor.theirs:
         yield tensor.theirs, ours, ...
+    elif tensor.shared:
+        for layer in range(shapes[tensor.shared][0]):
+            yield tensor.theirs.replace("{}", str(layer)), ours, ...
     else:
         for layer in range(ours[0][0]):
-            yield tensor.theirs.replace("{}", str(layer)), [shape[1:] for shape in ours], layer
+            number = tensor.numbers[layer] if tensor.numbers else str(layer)
+            yield tensor.theirs.replace("{}", number), [shape[1:] for shape in ours], layer
 
 
 def _names(
@@ -332,6 +371,9 @@ def _assign(
     needed = _names(present, shapes)
     unused = [name for name in stored if name not in expected and any(re.fullmatch(r, name) for r in leftovers)]
     _check_complete(path, needed, stored, unused)
+    for tensor in present:
+        if tensor.shared:
+            _check_shared(path, [name for name, _, _ in _expand(tensor, shapes)], stored)
 
     arrays = {p: np.empty(shapes[p], np.float32) for tensor in present for p in tensor.ours}
     for tensor in present:
@@ -367,6 +409,14 @@ def _check_copies(path: str, family: Family, stored: Mapping[str, Stored], unuse
         other = family.copies[name]
         if not np.array_equal(stored[name].read(), stored[other].read()):
             raise UserError(f"{path} holds a {name} other than {other}, though its config.json says that they are tied")
+
+
+def _check_shared(path: str, names: Sequence[str], stored: Mapping[str, Stored]) -> None:
+    """Raises UserError if the layers do not hold the same array."""
+    first = stored[names[0]].read()
+    for name in names[1:]:
+        if not np.array_equal(stored[name].read(), first):
+            raise UserError(f"{path} holds a {name} other than {names[0]}; ours is shared by the layers")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -48,7 +48,7 @@ def _complete(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _linear(ours: str, theirs: str, **where: str) -> Tensor:
+def _linear(ours: str, theirs: str, **where: Any) -> Tensor:
     return Tensor((f"{ours}/kernel",), f"{theirs}.weight", TRANSPOSED, **where)
 
 

@@ -1,4 +1,4 @@
-"""Weights files of a Hugging Face folder: safetensors and `pytorch_model.bin`, single or sharded; or one GGUF file."""
+"""Weights of a Hugging Face folder, safetensors or `pytorch_model.bin`, single or sharded; GGUF and ONNX files."""
 
 import json
 import pathlib
@@ -11,10 +11,11 @@ import safetensors
 import safetensors.numpy
 
 from research.errors import UserError
-from research.pretrained import gguf, torch_zip
+from research.pretrained import gguf, onnx, torch_zip
 from research.pretrained.torch_zip import Stored
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
+STEMS = ("model", "diffusion_pytorch_model")  # of Transformers' files and of Diffusers'
 
 
 def read(folder: pathlib.Path) -> dict[str, Stored]:
@@ -25,7 +26,11 @@ def read(folder: pathlib.Path) -> dict[str, Stored]:
     """
     if gguf.is_file(folder):
         return gguf.tensors(folder)
-    for name, read_file in ((_SAFE, _read_safetensors), (_TORCH, torch_zip.read)):
+    if onnx.is_file(folder):
+        return onnx.tensors(folder)
+    files = {f"{stem}.safetensors": _read_safetensors for stem in STEMS}
+    files |= {_TORCH: torch_zip.read, f"{STEMS[1]}.bin": torch_zip.read}
+    for name, read_file in files.items():
         if (folder / name).is_file():
             return read_file(folder / name)
         index = folder / f"{name}.index.json"
@@ -33,6 +38,11 @@ def read(folder: pathlib.Path) -> dict[str, Stored]:
             return _read_shards(index, read_file)
     held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise UserError(f"{folder} has neither {_SAFE} nor {_TORCH}, whole or sharded; it holds: {held}")
+
+
+def read_file(path: pathlib.Path) -> dict[str, Stored]:
+    """Returns the tensors in one file by name, unread; raises UserError where it is damaged or of another format."""
+    return _read_safetensors(path) if path.suffix == ".safetensors" else torch_zip.read(path)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -73,12 +83,12 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Stored]:
     return {name: stored(name) for name in file.keys()}  # noqa: SIM118 (the file is not a dict)
 
 
-def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> None:
+def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int, stem: str = STEMS[0]) -> None:
     """Writes tensors as safetensors: one file, or shards of at most `max_shard_bytes` and their index."""
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda array: array.nbytes,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
         max_shard_size=max_shard_bytes,
     )
     for file, names in plan.filename_to_tensors.items():
@@ -88,4 +98,4 @@ def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_shard_byt
         (folder / file).chmod(0o644)  # safetensors lets the owner alone read it
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / f"{_SAFE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
