@@ -275,7 +275,7 @@ class Dataset:
     @functools.cached_property
     def _calls(self) -> tuple[Callable[[Example, np.random.Generator], Any], ...]:
         """The ops, each with a generator; which of them take it is looked up once, not for every example."""
-        return tuple(_with_rng(op) for op in self.ops)
+        return tuple(with_rng(op) for op in self.ops)
 
     @functools.cached_property
     def _one_to_one(self) -> bool:
@@ -354,7 +354,8 @@ class Dataset:
         return rows / len(self._sample)
 
 
-def _with_rng(op: Callable[..., Any]) -> Callable[[Example, np.random.Generator], Any]:
+def with_rng(op: Callable[..., Any]) -> Callable[[Example, np.random.Generator], Any]:
+    """Returns a function that calls an op with a generator if it takes one."""
     if "rng" in inspect.signature(op).parameters:
         return lambda example, rng: op(example, rng=rng)
     return lambda example, rng: op(example)

@@ -1,56 +1,104 @@
 """What is done to one image on its way into a batch.
 
 Ops work on `image`: uint8 [height, width, channels] from `Decode` on, float32 from `Normalize` on. What they draw comes
-from `rng`, a function of (seed, position).
+from `rng`, a function of (seed, position). Usual lists of ops:
+
+  training     DecodeRandomResizedCrop, RandomFlip, RandAugment or ColorJitter, RandomErasing, Normalize
+  evaluation   Decode, Resize, CenterCrop, Normalize
 """
 
+import contextlib
 import io
+import math
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageEnhance
+import PIL.ImageFile
+import PIL.ImageOps
 
 from research.errors import UserError, nearest
 
+Image = PIL.Image.Image
+Size = int | Sequence[int]
+Window = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB"}
+TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+FILTERS = {"bilinear": PIL.Image.Resampling.BILINEAR, "bicubic": PIL.Image.Resampling.BICUBIC}
+TURNS = {  # EXIF's orientation -> what sets the image upright
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+GREY = 128  # fills what an image moved away from
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 class Decode:
     """Makes an array of an image: of a file's bytes, a path, or an array."""
 
-    def __init__(self, channels: int = 3, field: str = "image"):
-        """Converts to grey where `channels` is 1, to red, green and blue where it is 3."""
+    def __init__(self, channels: int = 3, field: str = "image", min_side: int = 0):
+        """Says what is made of which field.
+
+        Args:
+          channels: 1 for grey, 3 for red, green and blue.
+          field: where the image is.
+          min_side: pixels. A JPEG file may be decoded at a half, a quarter or an eighth of its size, which is several
+            times faster, as long as no side becomes shorter than this; 0 always decodes all of it. With twice the size
+            that images are resized to afterwards the result hardly differs. See also `DecodeRandomResizedCrop`.
+        """
         if channels not in MODES:
             raise UserError(f"channels: {channels} is neither 1 nor 3")
-        self.channels, self.field = channels, field
+        self.channels, self.field, self.min_side = channels, field, min_side
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         """Returns the example with `image`, uint8 [height, width, channels].
 
         Raises:
-          UserError: there is no such file, or it is no image; it is named.
+          UserError: there is no such file, or it is no image, or not a whole one; it is named.
         """
+        return example | {"image": decode(self.value(example), self.channels, name_of(example), self.min_side)}
+
+    def value(self, example: Mapping[str, Any]) -> Any:
+        """Returns the image as the example has it."""
         if self.field not in example:
             raise UserError(f"an example has no image '{self.field}'{nearest(self.field, example)}")
-        return example | {"image": decode(example[self.field], self.channels, name_of(example))}
+        return example[self.field]
 
 
-def decode(value: bytes | str | np.ndarray, channels: int, name: str = "") -> np.ndarray:
-    """Returns uint8 [height, width, channels]; raises UserError, which says `name`, where it is no image."""
+def decode(value: bytes | str | np.ndarray, channels: int, name: str = "", min_side: int = 0) -> np.ndarray:
+    """Returns an image upright (as EXIF's orientation says), uint8 [height, width, channels].
+
+    Transparent parts are shown on white, as a browser shows them; 16 bits a channel become 8.
+
+    Args:
+      value: a file's bytes, its path, or an array uint8 [height, width] or [height, width, 1, 3 or 4].
+      channels: 1 for grey, 3 for red, green and blue.
+      name: what to call it in messages.
+      min_side: see `Decode`.
+
+    Raises:
+      UserError: it is no image, or not a whole one.
+    """
     if isinstance(value, np.ndarray):
-        image = PIL.Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[-1] == 1 else value)
-        return _array(image, channels)
-    if isinstance(value, str):
-        path = pathlib.Path(value).expanduser()
-        if not path.is_file():
-            raise UserError(f"there is no image file '{value}'")
-        return decode(path.read_bytes(), channels, value)
-    try:
-        return _array(PIL.Image.open(io.BytesIO(value)), channels)
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"{name or 'an image'} cannot be decoded: {' '.join(str(error).split())}") from None
+        return _from_array(value, channels, name)
+    with _reading(value, name) as image:
+        if min_side:
+            image.draft(None, (min_side, min_side))
+        return _array(_converted(image, channels))
 
 
 def name_of(example: Mapping[str, Any]) -> str:
@@ -62,9 +110,261 @@ def name_of(example: Mapping[str, Any]) -> str:
     return ""
 
 
-def _array(image: PIL.Image.Image, channels: int) -> np.ndarray:
-    array = np.asarray(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
-    return array.reshape(*array.shape[:2], channels)
+def files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """Returns the images in a folder, at any depth, and the other files, both in the order of their names.
+
+    An image is what ends in one of `SUFFIXES`; what systems put everywhere (.DS_Store, Thumbs.db, ...) is neither.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [pathlib.Path(place, name) for name in names if not is_hidden(name)]
+    images = [path for path in found if path.suffix.lower() in SUFFIXES]
+    return sorted(images), sorted(set(found) - set(images))
+
+
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or a folder of this name is one that systems put everywhere."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+@contextlib.contextmanager
+def _reading(value: bytes | str, name: str) -> Iterator[Image]:
+    """Opens a file, whose pixels are not read yet; whatever goes wrong with it becomes a UserError that names it."""
+    if isinstance(value, str):
+        path, name = pathlib.Path(value).expanduser(), value
+        if not path.is_file():
+            raise UserError(f"there is no image file '{value}'")
+        value = path.read_bytes()
+    name = _called(name)
+    if not isinstance(value, bytes):
+        raise UserError(f"{name} is {type(value).__name__}, neither a path nor a file's bytes")
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False  # TFDS may have set it, and half of an image would pass for a whole one
+    try:
+        yield PIL.Image.open(io.BytesIO(value))
+    except PIL.UnidentifiedImageError:
+        raise UserError(f"{name} cannot be decoded: it is no image of a known format") from None
+    except Exception as error:  # each of PIL's formats raises what it stumbles over
+        raise UserError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
+
+
+def _called(name: str) -> str:
+    return f"'{name}'" if name else "an image"
+
+
+def _orientation(image: Image) -> int:
+    """Returns EXIF's orientation of an image that is not loaded yet; 1, upright, where it has none."""
+    if image.format == "TIFF":
+        return 1  # PIL turns these itself
+    try:
+        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+    except Exception:  # notes that cannot be read do not make a picture unreadable
+        return 1
+
+
+def _converted(image: Image, channels: int) -> Image:
+    """Loads an image; returns it upright, in the mode of `channels`."""
+    turn = TURNS.get(_orientation(image))
+    image.load()
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode '{image.mode}', whose range is not known")
+    if image.mode.startswith("I;16"):
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in TRANSPARENT or "transparency" in image.info:
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+
+
+def _from_array(value: np.ndarray, channels: int, name: str) -> np.ndarray:
+    value = value[..., None] if value.ndim == 2 else value
+    if value.dtype != np.uint8 or value.ndim != 3 or value.shape[-1] not in (1, 3, 4):
+        shape = f"{value.dtype} {list(value.shape)}"
+        raise UserError(f"{_called(name)} is {shape}, not uint8 [height, width] or [height, width, 1, 3 or 4]")
+    return value if value.shape[-1] == channels else _array(_converted(_picture(value), channels))
+
+
+def _picture(array: np.ndarray) -> Image:
+    return PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def _array(image: Image) -> np.ndarray:
+    array = np.asarray(image)
+    return array.reshape(*array.shape[:2], -1)
+
+
+# --- where to look --------------------------------------------------------------------------------
+
+
+class RandomResizedCrop:
+    """Cuts out a random window and resizes it (Szegedy 2014, section 6: the "inception crop").
+
+    The window's area is uniform, the logarithm of its ratio of width to height too; its place is uniform. An image too
+    narrow or too flat for that gives the largest window in its middle that has an allowed ratio.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        area: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: str = "bilinear",
+    ):
+        """Says what windows become what.
+
+        Args:
+          size: of the result in pixels: the side of a square, or height and width.
+          area: least and greatest, as shares of the image's.
+          ratio: least and greatest width / height.
+          interpolation: "bilinear" or "bicubic", over all pixels that become one.
+        """
+        self.size, self.interpolation = _pair(size), _check_filter(interpolation)
+        self.area, self.ratio = _range("area", area, 1), _range("ratio", ratio)
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Returns the example with its image as uint8 [*size, channels]."""
+        height, width = example["image"].shape[:2]
+        window = self.window(height, width, rng)
+        return example | {"image": resize(example["image"], self.size, self.interpolation, window)}
+
+    def window(self, height: int, width: int, rng: np.random.Generator) -> Window:
+        """Draws a window of an image of `height` and `width` pixels."""
+        if window := _draw_window(height, width, self.area, self.ratio, rng):
+            return window
+        w = max(min(width, round(height * self.ratio[1])), 1)
+        h = max(min(height, round(width / self.ratio[0])), 1)
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+def _draw_window(
+    height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Window | None:
+    """Draws a window of an image; None where ten were too wide or too high."""
+    for _ in range(10):
+        pixels = height * width * rng.uniform(*area)
+        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(pixels * shape)), round(math.sqrt(pixels / shape))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    return None
+
+
+class DecodeRandomResizedCrop:
+    """`Decode` and `RandomResizedCrop` in one, of a file no more than the window needs.
+
+    The window is drawn first, as it would be of the whole image. Then a JPEG file is decoded at a half, a quarter or
+    an eighth of its size where the window still has twice as many pixels each way as the result: photos of many
+    megapixels are read several times faster and hardly look different.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        area: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: str = "bilinear",
+        channels: int = 3,
+        field: str = "image",
+    ):
+        """Takes the arguments of both."""
+        self.decode, self.crop = Decode(channels, field), RandomResizedCrop(size, area, ratio, interpolation)
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Returns the example with `image`, uint8 [*size, channels]."""
+        value = self.decode.value(example)
+        if isinstance(value, np.ndarray):
+            return self.crop(self.decode(example), rng)
+        with _reading(value, name_of(example)) as image:
+            turned = _orientation(image) > 4
+            width, height = image.size[::-1] if turned else image.size
+            left, top, right, bottom = self.crop.window(height, width, rng)
+            factor = min((bottom - top) // (2 * self.crop.size[0]), (right - left) // (2 * self.crop.size[1]))
+            if factor > 1:
+                image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
+            image = _converted(image, self.decode.channels)
+        x, y = image.width / width, image.height / height
+        window = (left * x, top * y, right * x, bottom * y)
+        image = image.resize(self.crop.size[::-1], FILTERS[self.crop.interpolation], window)
+        return example | {"image": _array(image)}
+
+
+class Resize:
+    """Makes images as large as is wanted."""
+
+    def __init__(self, size: Size, interpolation: str = "bilinear"):
+        """Says how large.
+
+        Args:
+          size: one number makes the shorter side as long and keeps the shape; two are the height and the width.
+          interpolation: "bilinear" or "bicubic", over all pixels that become one.
+        """
+        self.size, self.interpolation = _pair(size), _check_filter(interpolation)
+        self.keep_shape = isinstance(size, int)
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Returns the example with its image resized."""
+        height, width = example["image"].shape[:2]
+        size = self.size
+        if self.keep_shape:  # the longer side is cut off to whole pixels, as in torchvision and Transformers
+            size = (size[0] * height // min(height, width), size[0] * width // min(height, width))
+        return example | {"image": resize(example["image"], size, self.interpolation)}
+
+
+def resize(
+    image: np.ndarray,
+    size: Sequence[int],
+    interpolation: str = "bilinear",
+    window: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Returns an image uint8 [H, W, C] in another size.
+
+    Args:
+      image: the image.
+      size: height and width in pixels.
+      interpolation: "bilinear" or "bicubic"; where the image becomes smaller, over all pixels that become one.
+      window: (left, top, right, bottom) in pixels of the part that is meant; None for all.
+    """
+    if window is None and image.shape[:2] == tuple(size):
+        return image
+    return _array(_picture(image).resize((size[1], size[0]), FILTERS[interpolation], window))
+
+
+class CenterCrop:
+    """Cuts out the middle."""
+
+    def __init__(self, size: Size):
+        """Takes the side of a square, or height and width, in pixels."""
+        self.size = _pair(size)
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Returns the example with the middle of its image; raises UserError where the image is smaller."""
+        top, left = (round(room / 2) for room in _room(example, self.size))
+        return example | {"image": _cut(example["image"], top, left, self.size)}
+
+
+class RandomCrop:
+    """Cuts out a random place, as is usual for small images (He 2015, section 4.2)."""
+
+    def __init__(self, size: Size, padding: int = 0, fill: int = 0):
+        """Says how much is cut out of what.
+
+        Args:
+          size: the side of a square, or height and width, in pixels.
+          padding: pixels that are put around the image first.
+          fill: what they are, 0 to 255.
+        """
+        self.size, self.fill = _pair(size), fill
+        self.around = ((padding, padding), (padding, padding), (0, 0))
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Returns the example with a part of its image; raises UserError where the padded image is smaller."""
+        padded = example | {"image": np.pad(example["image"], self.around, constant_values=self.fill)}
+        top, left = (int(rng.integers(room + 1)) for room in _room(padded, self.size))
+        return example | {"image": _cut(padded["image"], top, left, self.size)}
 
 
 class RandomFlip:
@@ -72,7 +372,174 @@ class RandomFlip:
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Returns the example with its image mirrored or not."""
-        return example | {"image": example["image"][:, ::-1]} if rng.random() < 0.5 else example
+        if rng.random() >= 0.5:
+            return example
+        image = example["image"]
+        if image.dtype != np.uint8:
+            return example | {"image": image[:, ::-1]}
+        # PIL writes the pixels out anew in a third of the time in which numpy reads them backwards later.
+        return example | {"image": _array(_picture(image).transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT))}
+
+
+def _room(example: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+    """Returns how many pixels an image is higher and wider than `size`."""
+    height, width = example["image"].shape[:2]
+    if height < size[0] or width < size[1]:
+        name = _called(name_of(example))
+        raise UserError(f"{name} of {height} x {width} pixels is smaller than {size[0]} x {size[1]}; resize it first")
+    return height - size[0], width - size[1]
+
+
+def _cut(image: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.ndarray:
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise UserError(f"size: {size} is neither a number of pixels nor a height and a width")
+    return pair[0], pair[1]
+
+
+def _range(name: str, pair: Sequence[float], most: float = math.inf) -> tuple[float, float]:
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+        raise UserError(f"{name}: {tuple(pair)} is not the least and the greatest of a range in (0, {most:g}]")
+    return pair[0], pair[1]
+
+
+def _check_filter(interpolation: str) -> str:
+    if interpolation not in FILTERS:
+        raise UserError(f"interpolation: no '{interpolation}'{nearest(interpolation, FILTERS)}")
+    return interpolation
+
+
+# --- how it looks ---------------------------------------------------------------------------------
+
+
+class ColorJitter:
+    """Changes brightness, contrast, saturation and hue, in random order.
+
+    The first three are multiplied by a factor from [1 - x, 1 + x], not below 0; 0 leaves them as they are. Grey images
+    have neither saturation nor hue to change.
+    """
+
+    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0):
+        """Takes the greatest changes; `hue` is a share of the colour circle, at most 0.5."""
+        if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
+            raise UserError("brightness, contrast, saturation: they are at least 0; hue lies in [0, 0.5]")
+        self.factors, self.hue = (brightness, contrast, saturation), hue
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Returns the example with its image's colours changed."""
+        image = _picture(example["image"])
+        factors = [rng.uniform(max(1 - x, 0), 1 + x) for x in self.factors]
+        shift = rng.uniform(-self.hue, self.hue)
+        enhance = (PIL.ImageEnhance.Brightness, PIL.ImageEnhance.Contrast, PIL.ImageEnhance.Color)
+        for i in rng.permutation(4):
+            if i == 3:
+                image = turn_hue(image, shift) if self.hue and image.mode == "RGB" else image
+            elif self.factors[i]:
+                image = enhance[i](image).enhance(factors[i])
+        return example | {"image": _array(image)}
+
+
+def turn_hue(image: Image, share: float) -> Image:
+    """Returns an image of mode RGB with every hue moved on by a share of the colour circle."""
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point(lambda h: (h + int(share * 255)) % 256)
+    return PIL.Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def _enhance(kind: Callable[[Image], Any]) -> Callable[[Image, float], Image]:
+    return lambda image, strength: kind(image).enhance(1 + 0.9 * strength)
+
+
+def _affine(image: Image, *coefficients: float) -> Image:
+    """Returns an image whose pixel (x, y) is the one at (a x + b y + c, d x + e y + f)."""
+    fill = (GREY,) * len(image.getbands())
+    return image.transform(image.size, PIL.Image.Transform.AFFINE, coefficients, fillcolor=fill)
+
+
+# Cubuk 2019, section 3: what is done to an image at a strength in [-1, 1]; ranges of Cubuk 2018, table 6.
+AUGMENTATIONS: dict[str, Callable[[Image, float], Image]] = {
+    "identity": lambda image, strength: image,
+    "auto_contrast": lambda image, strength: PIL.ImageOps.autocontrast(image),
+    "equalize": lambda image, strength: PIL.ImageOps.equalize(image),
+    "rotate": lambda image, strength: image.rotate(30 * strength, fillcolor=(GREY,) * len(image.getbands())),
+    "solarize": lambda image, strength: PIL.ImageOps.solarize(image, round(256 * (1 - abs(strength)))),
+    "posterize": lambda image, strength: PIL.ImageOps.posterize(image, 8 - round(4 * abs(strength))),
+    "color": _enhance(PIL.ImageEnhance.Color),
+    "contrast": _enhance(PIL.ImageEnhance.Contrast),
+    "brightness": _enhance(PIL.ImageEnhance.Brightness),
+    "sharpness": _enhance(PIL.ImageEnhance.Sharpness),
+    "shear_x": lambda image, strength: _affine(image, 1, 0.3 * strength, 0, 0, 1, 0),
+    "shear_y": lambda image, strength: _affine(image, 1, 0, 0, 0.3 * strength, 1, 0),
+    "translate_x": lambda image, strength: _affine(image, 1, 0, 0.45 * strength * image.width, 0, 1, 0),
+    "translate_y": lambda image, strength: _affine(image, 1, 0, 0, 0, 1, 0.45 * strength * image.height),
+}
+
+
+class RandAugment:
+    """Changes images by a few of fourteen operations, drawn with replacement (Cubuk 2019).
+
+    A larger magnitude always changes more. "auto_contrast" and "equalize" have none; all others change nothing at 0.
+    Rotations, shears, translations and the factors of colour, contrast, brightness and sharpness go either way with
+    equal chance.
+    """
+
+    def __init__(self, layers: int = 2, magnitude: float = 10):
+        """Says how many operations are applied to an image, and how strongly: from 0 to 10, the greatest."""
+        if layers < 1 or not 0 <= magnitude <= 10:
+            raise UserError(f"layers, magnitude: {layers} and {magnitude}; they are at least 1, and from 0 to 10")
+        self.layers, self.magnitude = layers, magnitude
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Returns the example with its image changed, in the same size."""
+        image, operations = _picture(example["image"]), tuple(AUGMENTATIONS.values())
+        for _ in range(self.layers):
+            operation, sign = operations[rng.integers(len(operations))], 2 * rng.integers(2) - 1
+            image = operation(image, sign * self.magnitude / 10)
+        return example | {"image": _array(image)}
+
+
+class RandomErasing:
+    """Replaces a random window of some images by noise (Zhong 2017, "RE-R"); the defaults are DeiT's (Touvron 2020).
+
+    It comes before `Normalize`: each value of the window is uniform from 0 to 255.
+    """
+
+    def __init__(
+        self,
+        probability: float = 0.25,
+        area: Sequence[float] = (0.02, 1 / 3),
+        ratio: Sequence[float] = (0.3, 1 / 0.3),
+    ):
+        """Says how often, and what windows.
+
+        Args:
+          probability: share of the images.
+          area: least and greatest of a window, as shares of the image's.
+          ratio: least and greatest width / height.
+        """
+        if not 0 <= probability <= 1:
+            raise UserError(f"probability: {probability} does not lie in [0, 1]")
+        self.probability, self.area, self.ratio = probability, _range("area", area, 1), _range("ratio", ratio)
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Returns the example with its image, or with a copy of it that has a hole."""
+        if example["image"].dtype != np.uint8:
+            raise UserError("config.data.ops: RandomErasing comes before Normalize")
+        if rng.random() >= self.probability:
+            return example
+        image = example["image"].copy()
+        height, width = image.shape[:2]
+        window = _draw_window(height, width, self.area, self.ratio, rng)
+        if window is None:  # no such window fits into so narrow an image
+            return example
+        left, top, right, bottom = window
+        hole = image[top:bottom, left:right]
+        hole[:] = rng.integers(0, 256, hole.shape, np.uint8)
+        return example | {"image": image}
 
 
 class Normalize:
@@ -86,4 +553,15 @@ class Normalize:
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         """Returns the example with its image as float32."""
-        return example | {"image": (example["image"].astype(np.float32) / 255 - self.mean) / self.std}
+        image = example["image"]
+        height, width, channels = image.shape
+        if image.dtype != np.uint8 or any(len(x) not in (1, channels) for x in (self.mean, self.std)):
+            raise UserError(
+                f"config.data.ops: Normalize takes uint8 of {max(len(self.mean), len(self.std))} channels, "
+                f"not {image.dtype} of {channels}"
+            )
+        # Whole rows at once: numpy is slow where the last axis has three elements.
+        scale, shift = (np.resize(x, width * channels) for x in (1 / (255 * self.std), self.mean / self.std))
+        rows = np.multiply(image.reshape(height, -1), scale, dtype=np.float32)
+        rows -= shift
+        return example | {"image": rows.reshape(height, width, channels)}

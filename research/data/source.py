@@ -1,4 +1,4 @@
-"""Random access to examples: named datasets, the user's own tables, and records that a config lists."""
+"""Random access to examples: named datasets, the user's own tables and images, and records that a config lists."""
 
 import contextlib
 import dataclasses
@@ -16,14 +16,18 @@ from unittest import mock
 import numpy as np
 import tensorflow_datasets
 from absl import logging
-from tensorflow_datasets.core import decode, features, naming
+from tensorflow_datasets.core import decode, features, naming, read_only_builder
 from tensorflow_datasets.core.dataset_builder import DatasetBuilder
 from tensorflow_datasets.core.download import downloader
 
 from research import assets
 from research.data import datasets
+from research.data.datasets import coco_folder as coco_folders
+from research.data.datasets import image_folder as image_folders
 from research.data.datasets import table as tables
 from research.errors import UserError, nearest
+
+FROM_FILES = ("table", "image_folder", "coco_folder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,108 @@ def table(
     return _source(make, train, split)
 
 
+def image_folder(
+    path: str,
+    split: str = "train",
+    held_out: float = 0.0,
+    labels: Sequence[str] = (),
+    broken: str = "error",
+    data_dir: str | None = None,
+) -> Source:
+    """Returns a split of the user's own images, a folder a class.
+
+    The files are copied as they are into the prepared dataset, and each is decoded once to see that it is whole. The
+    features are `image` (the file's bytes), `label`, and `file_name`, the path below the folder.
+
+    Args:
+      path: holds CLASS/*.jpg, or train/CLASS/*.jpg and, if you like, validation/CLASS/*.jpg and test/CLASS/*.jpg;
+        anything that `assets.resolve` takes. Images end in one of `image.SUFFIXES`, and may lie deeper.
+      split: "train", "validation" or "test", or a part, as TFDS writes them.
+      held_out: the share of the training images that becomes "validation"; chosen by a hash of the content.
+      labels: the class names in order; the training folders' names, sorted, where they are left out.
+      broken: images that cannot be decoded are an "error" that names them all; "skip" leaves them out with a warning.
+      data_dir: where prepared datasets are; `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+
+    Raises:
+      UserError: these are no folders of images by class, images are broken, or settings do not go together.
+    """
+    config = image_folders.ImageFolderConfig(
+        name="",  # becomes a hash of the settings and of the files' names, sizes and times
+        folder=assets.resolve(path),
+        labels=tuple(labels),
+        held_out=held_out,
+        broken=broken,
+    )
+
+    def make() -> DatasetBuilder:
+        with _quietly():
+            return image_folders.ImageFolder(config=config, data_dir=_data_dir(data_dir))
+
+    return _source(make, path, split)
+
+
+def coco_folder(
+    images: str,
+    annotations: str,
+    split: str = "train",
+    validation_images: str | None = None,
+    validation_annotations: str | None = None,
+    test_images: str | None = None,
+    test_annotations: str | None = None,
+    held_out: float = 0.0,
+    broken: str = "error",
+    data_dir: str | None = None,
+) -> Source:
+    """Returns a split of the user's own images with boxes, annotated in COCO's format.
+
+    The files are copied as they are into the prepared dataset, and each is decoded once to see that it is whole. The
+    features are those of TFDS's coco: `image` (the file's bytes), `image/filename`, `image/id`, and `objects`: `bbox`
+    (top, left, bottom, right as shares of the image, clipped to it), `label`, `is_crowd`, `area`, `id`; and
+    `category_id`, as in the annotations. Classes are numbered by ascending category ids, from 0.
+
+    Args:
+      images: the folder of training images, in which the annotations' file names are found; anything that
+        `assets.resolve` takes, as the other files.
+      annotations: a JSON file with "images", "annotations" and "categories".
+      split: "train", "validation" or "test", or a part, as TFDS writes them.
+      validation_images: a folder for "validation"; `images` where only annotations are given.
+      validation_annotations: a file for "validation".
+      test_images: a folder for "test"; `images` where only annotations are given.
+      test_annotations: a file for "test".
+      held_out: the share of the training images that becomes "validation"; chosen by a hash of the content.
+      broken: images that cannot be decoded, or are of another size than annotated, and boxes that cannot be right are
+        an "error" that names them; "skip" leaves them out with a warning.
+      data_dir: where prepared datasets are; `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+
+    Raises:
+      UserError: the files are not in COCO's format, something is broken, or settings do not go together.
+    """
+    pairs = {
+        "train": (images, annotations),
+        "validation": (validation_images, validation_annotations),
+        "test": (test_images, test_annotations),
+    }
+    for name, (folder, file) in pairs.items():
+        if folder and not file:
+            raise UserError(f"{name}_images: they need {name}_annotations")
+    config = coco_folders.CocoFolderConfig(
+        name="",  # becomes a hash of the settings, the annotations, and the images' sizes and times
+        files={
+            name: (assets.resolve(folder or images), assets.resolve(file))
+            for name, (folder, file) in pairs.items()
+            if file
+        },
+        held_out=held_out,
+        broken=broken,
+    )
+
+    def make() -> DatasetBuilder:
+        with _quietly():
+            return coco_folders.CocoFolder(config=config, data_dir=_data_dir(data_dir))
+
+    return _source(make, annotations, split)
+
+
 def _data_dir(data_dir: str | None) -> str:
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return os.path.expanduser(folder)
@@ -204,8 +310,8 @@ def _elsewhere(name: str, builder: DatasetBuilder) -> str:
 
 
 def _own_names() -> list[str]:
-    """The datasets of ours that are known by name alone; a table needs its files."""
-    return [module.name for module in pkgutil.iter_modules(datasets.__path__) if module.name != "table"]
+    """The datasets of ours that are known by name alone; others are of the user's own files."""
+    return [module.name for module in pkgutil.iter_modules(datasets.__path__) if module.name not in FROM_FILES]
 
 
 def _own_builder(name: str, data_dir: str) -> DatasetBuilder:
@@ -225,6 +331,8 @@ def _stock_builder(name: str, data_dir: str) -> DatasetBuilder:
     try:
         return tensorflow_datasets.builder(name, data_dir=data_dir)
     except ImportError as error:
+        with contextlib.suppress(tensorflow_datasets.core.DatasetNotFoundError):
+            return read_only_builder.builder_from_files(name, data_dir=data_dir)  # needs nothing of what made it
         raise UserError(f"dataset '{name}' cannot be opened here: {_cause(error)}") from error
     except tensorflow_datasets.core.DatasetNotFoundError:
         if reason:
@@ -272,9 +380,12 @@ def _stock_modules() -> dict[str, str]:
 
 
 def _label_names(tree: features.FeaturesDict) -> dict[str, tuple[str, ...]]:
-    names = {}
+    """Returns the names of the classes; those of objects in a sequence count where the example itself has none."""
+    names: dict[str, tuple[str, ...]] = {}
     for name, feature in tree.items():
         inner = feature.feature if isinstance(feature, features.Sequence) else feature
+        if isinstance(inner, features.FeaturesDict):
+            names = _label_names(inner) | names
         if isinstance(inner, features.ClassLabel) and inner.num_classes is not None:
             names[name] = tuple(inner.names)
     return names

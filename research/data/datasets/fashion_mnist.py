@@ -50,8 +50,8 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            files = _files(dl_manager, pathlib.Path(self._data_dir_root) / "downloads" / "manual" / "fashion_mnist")
-            return {split: self._generate_examples(*files[split]) for split in FILES}
+            found = files(dl_manager, pathlib.Path(self._data_dir_root) / "downloads" / "manual" / "fashion_mnist")
+            return {split: self._generate_examples(*found[split]) for split in FILES}
 
         def _generate_examples(self, images: pathlib.Path, labels: pathlib.Path) -> Iterator[tuple[int, Any]]:
             pixels, classes = read_idx(images), read_idx(labels)
@@ -61,7 +61,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
                 yield i, {"image": PIL.Image.fromarray(image), "label": int(label)}
 
 
-def _files(dl_manager: Any, manual: pathlib.Path) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
+def files(dl_manager: Any, manual: pathlib.Path) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
     """Returns split -> (file of images, file of labels)."""
     if manual.is_dir():
         return _found(manual)

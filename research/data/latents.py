@@ -1,0 +1,58 @@
+"""Latents of images, computed beforehand: what latent diffusion models are trained on."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from research.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Random access to the latents in a folder, which are read from disk when they are asked for."""
+
+    folder: pathlib.Path
+    label_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(_read(self.folder, "labels"))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns `image`, float32 [H, W, C], and `label`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"no example {index} of {len(self)}")
+        image = _read(self.folder, "latents")[index].astype(np.float32)
+        return {"image": image, "label": int(_read(self.folder, "labels")[index])}
+
+
+def latents(path: str, split: str = "train") -> Latents:
+    """Returns the latents in the folder PATH/SPLIT.
+
+    It holds `latents.npy`, float16 or float32 [N, H, W, C], as the model is to see them: those of Stable Diffusion's
+    autoencoder, say, sampled and multiplied by 0.18215; and `labels.npy`, integers [N]. Images that were also encoded
+    mirrored are examples of their own.
+
+    Raises:
+      UserError: there are no such files, or they do not belong together.
+    """
+    folder = pathlib.Path(path).expanduser() / split
+    for name in ("latents", "labels"):
+        if not (folder / f"{name}.npy").is_file():
+            raise UserError(f"path: '{folder}' has no {name}.npy; see research/data/latents.py for what it must hold")
+    images, labels = _read(folder, "latents"), _read(folder, "labels")
+    kinds = images.dtype.kind == "f" and labels.dtype.kind in "iu"
+    if not kinds or images.ndim != 4 or labels.shape != images.shape[:1]:
+        found = f"{images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
+        raise UserError(f"path: '{folder}' must hold floats [N, H, W, C] and integers [N]; it holds {found}")
+    return Latents(folder)
+
+
+def _read(folder: pathlib.Path, name: str) -> np.ndarray:
+    try:
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
+    except ValueError as error:
+        raise UserError(f"path: '{folder / name}.npy' is no array: {error}") from None
