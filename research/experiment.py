@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from research.decoding import Decoding
 from research.errors import UserError, nearest
 from research.optimizer import Optimizer
 from research.record import read_json
-from research.task import Params, Spec, Task
+from research.task import Borrows, Params, Spec, Task
 
 KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
@@ -81,6 +82,16 @@ class Experiment:
         """Builds all that training needs, so that a mistake anywhere in the config is found before any work is done."""
         for name in ("mesh", "tokenizer", "data", "task", "evaluators", "optimizer", "log", "abstract_state"):
             getattr(self, name)
+        for pattern in self._borrowed:
+            theirs = f"the parameters '{pattern}' of {type(self.task).__name__} are another run's"
+            if not self.config.get("init"):
+                raise UserError(f"config.init: it is missing, and {theirs}")
+            if pattern not in (self._section("optimizer").get("freeze") or ()):
+                raise UserError(f"config.optimizer.freeze: '{pattern}' is missing, and {theirs}")
+
+    @property
+    def _borrowed(self) -> tuple[str, ...]:
+        return self.task.borrowed if isinstance(self.task, Borrows) else ()
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -205,6 +216,8 @@ class Experiment:
             return None
         shapes = self.abstract_state.params
         loaded, report = self._invoke("init", model=self.task.model, params_shape=shapes)
+        if lost := [name for name in report.new for pattern in self._borrowed if re.search(pattern, name)]:
+            raise UserError(f"config.init: it does not bring {lost[0]}, which is another run's")
         if report.new:
             logging.warning("newly initialised, as the weights hold none: %s", ", ".join(report.new))
         if report.unused:

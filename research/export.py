@@ -1,27 +1,34 @@
 """A checkpoint as a folder that `transformers`' from_pretrained loads."""
 
 import pathlib
+import re
 import tempfile
+from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 from ml_collections import ConfigDict
 
+from research.build import build
 from research.data.tokenizer import Tokenizer
 from research.evaluate import restore_params
 from research.experiment import Experiment
 from research.models.encoder_decoder import EncoderDecoder
-from research.pretrained import huggingface
+from research.pretrained import huggingface, preprocessor
+from research.record import write_json
+from research.task import Borrows, Params
 
 PROBLEMS = {
     "softmax": "single_label_classification",
     "sigmoid": "multi_label_classification",
     "regression": "regression",
 }
+IMAGE_OPS = tuple(f"research.data.image.{name}" for name in ("CenterCrop", "Normalize", "Resize"))
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint: str = "") -> pathlib.Path:
-    """Writes config.json, model.safetensors and the tokenizer's files.
+    """Writes config.json, model.safetensors, and the tokenizer's files or preprocessor_config.json.
 
     Args:
       config: of the run.
@@ -37,19 +44,46 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
     folder = pathlib.Path(output).expanduser() if output else workdir / "export"
     model, tokenizer = experiment.task.model, experiment.tokenizer
     names = getattr(experiment.task, "label_names", ())
-    labels = names[-model.num_outputs :] if names else None  # of two labels on one output, the second
+    outputs = getattr(model, "num_outputs", 0)
+    labels = names[-outputs:] if names and outputs else None  # of two labels on one output, the second
     with tempfile.TemporaryDirectory() as temporary:
+        files = tokenizer.save(pathlib.Path(temporary)) if tokenizer else ()
+        if (described := image_preprocessor(experiment)) is not None:
+            files = [*files, pathlib.Path(temporary) / preprocessor.FILE]
+            write_json(files[-1], described)
         huggingface.save(
             folder,
             model,
-            jax.device_get(params),
+            jax.device_get(own(params, experiment)),
             labels=labels,
             problem_type=PROBLEMS.get(getattr(experiment.task, "objective", "")),
-            tokenizer_files=tokenizer.save(pathlib.Path(temporary)) if tokenizer else (),
+            tokenizer_files=files,
             config=special_tokens(model, tokenizer, experiment.decoding.decoder_start_id) if tokenizer else {},
         )
     print(f"wrote the checkpoint of step {step} to {folder}")
     return folder
+
+
+def own(params: Params, experiment: Experiment) -> Params:
+    """Returns the parameters of the model, without those that its task borrows, such as a teacher's."""
+    borrowed = experiment.task.borrowed if isinstance(experiment.task, Borrows) else ()
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    kept = {name: leaf for name, leaf in flat.items() if not any(re.search(pattern, name) for pattern in borrowed)}
+    return flax.traverse_util.unflatten_dict(kept, sep="/")
+
+
+def image_preprocessor(experiment: Experiment) -> dict[str, Any] | None:
+    """Returns what preprocessor_config.json holds: the ops of the first evaluation on images, else of training."""
+    spec, config = experiment.spec, experiment.config
+    if "image" not in spec:
+        return None
+    nodes = [evaluator["data"] for evaluator in (config.get("evals") or {}).values() if "data" in evaluator]
+    for node in [*nodes, config.data]:
+        calls = [op for op in node.get("ops", ()) if op["call"] in IMAGE_OPS]
+        described = preprocessor.describe(build(calls, "config.data.ops"), spec["image"].shape[1:])
+        if described is not None:
+            return described
+    return None
 
 
 def special_tokens(model: nn.Module, tokenizer: Tokenizer, decoder_start_id: int | None) -> dict[str, int]:

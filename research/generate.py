@@ -1,4 +1,4 @@
-"""Text from a trained model, or straight from published weights."""
+"""Text or images from a trained model, or straight from published weights."""
 
 import contextlib
 import dataclasses
@@ -13,13 +13,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from research import decoding, sharding
+from research import decoding, draw, sharding
+from research.build import locate
 from research.data.tokenizer import Tokenizer
 from research.detokenizer import Detokenizer, completion
 from research.errors import UserError, nearest
 from research.evaluate import restore_params
 from research.experiment import Experiment
 from research.task import Params
+from research.tasks.diffusion import Diffusion
 
 # The features of all language tasks: what the spec of batches is where no run has recorded it.
 FEATURES = ("input_ids", "attention_mask", "targets", "decoder_input_ids", "decoder_attention_mask")
@@ -50,20 +52,26 @@ def run(
     output: str = "-",
     checkpoint: str = "",
 ) -> None:
-    """Writes what follows one prompt, token by token, or every prompt of a file, batch by batch.
+    """Writes what follows one prompt, token by token, or every prompt of a file, batch by batch; or draws images.
 
     Args:
       config: of the run; `decoding` says how, and `seed` makes samples repeatable: those of a prompt depend on its
         place in the file, and not on the others.
       workdir: the run's folder. If it holds no checkpoints, the weights that `config.init` names are taken.
-      prompt: a text.
+      prompt: a text. Of images their classes, see `draw.classes`.
       input: a file instead, or "-" for stdin. Lines that begin with { are objects with a "prompt", or with "messages"
         for the chat template; any other line is a prompt itself.
-      output: where the text goes, or for a file its objects with a "completion" each, in order; "-" is stdout.
+      output: where the text goes, or for a file its objects with a "completion" each, in order; "-" is stdout. Where
+        images go see `draw.target`.
       checkpoint: "latest", "best" or a step; "" takes the best where the run keeps it.
     """
     if jax.process_count() > 1:
         raise UserError("--mode=generate runs in one process")
+    if locate(config.task["call"], "config.task") is Diffusion:
+        if input:
+            raise UserError("--input: images are drawn by class, and --prompt names the classes")
+        _images(config, workdir, prompt, output, checkpoint)
+        return
     if bool(prompt) == bool(input):
         raise UserError("--prompt, --input: give a text to go on with, or a file of them; one, and only one")
     if output != "-" and not pathlib.Path(output).absolute().parent.is_dir():
@@ -79,6 +87,15 @@ def run(
         for request, text in _completions(experiment, params, requests):
             file.write(json.dumps({**request.fields, "completion": text}, ensure_ascii=False) + "\n")
             file.flush()
+
+
+def _images(config: ConfigDict, workdir: pathlib.Path, prompt: str, output: str, checkpoint: str) -> None:
+    experiment = draw.experiment(config, workdir)
+    task = experiment.task
+    assert isinstance(task, Diffusion)
+    labels, path = draw.classes(task, prompt), draw.target(task, output, workdir)
+    draw.write(experiment, task, _params(experiment, workdir, checkpoint), labels, path)
+    print(path)
 
 
 def _experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:

@@ -451,6 +451,10 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
+def _counted(runs: Sequence[Run]) -> str:
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
+
+
 def _draw(folder: pathlib.Path, entry: Entry) -> None:
     claim = entry.claim
     values = {claim.arms[arm]: [r.number(claim.metric) for r in found] for arm, found in entry.arms.items() if found}
@@ -460,6 +464,6 @@ def _draw(folder: pathlib.Path, entry: Entry) -> None:
     figures.results(values, claim.metric, folder / "results.png", reference=reference, title=claim.title)
     if claim.curves:
         named = {f"{arm}/{run.path.name}": (arm, run) for arm, found in entry.arms.items() for run in found}
-        groups = {name: f"{claim.arms[arm]} ({len(entry.arms[arm])} runs)" for name, (arm, _) in named.items()}
+        groups = {name: f"{claim.arms[arm]} ({_counted(entry.arms[arm])})" for name, (arm, _) in named.items()}
         rows = {name: run.rows for name, (_, run) in named.items()}
         figures.curves(rows, claim.curves, folder / "curves.png", groups=groups, title=claim.title)

@@ -4,7 +4,8 @@ Modes:
   train      train, evaluate, and go on where the run in --workdir stopped (the default)
   evaluate   a checkpoint through config.evals
   predict    JSON lines in (--input), the same with predictions out (--output)
-  generate   text: what follows --prompt, as it is written, or JSON lines as in predict; --config.decoding says how
+  generate   text: what follows --prompt, as it is written, or JSON lines as in predict; --config.decoding says how.
+             images, of a diffusion run: a PNG file; --config.task.sampling and --config.seed say how
   export     a folder that Hugging Face's from_pretrained loads (--output)
 
 Flags:
@@ -14,10 +15,12 @@ Flags:
   --workdir       the run's folder
   --mode          one of the above
   --checkpoint    latest, best or a step, in all modes but train; by default the best, where the run keeps it
-  --prompt        generate: the text to go on with, or to translate, or to answer with --config.decoding.chat=true
+  --prompt        generate: the text to go on with, or to translate, or to answer with --config.decoding.chat=true.
+                  images: their classes, as in --prompt="Sneaker*8, Bag"; left out, eight of each
   --input         predict: the file to read; by default, and for -, the standard input.
                   generate: instead of --prompt, a file of lines {"prompt": ...}, {"messages": [...]} or plain text
   --output        predict, generate: the file to write; by default, and for -, the standard output.
+                  images: a .png file for a grid, a folder for a file each, or an .npz file for the numbers
                   export: the folder to write; by default export in the run's folder
   --distributed   join the other processes of a pod or a cluster before starting
 

@@ -1,4 +1,4 @@
-"""AdamW as an optax chain, with schedules, clipping, decay masks, freezing and learning rates by parameter path.
+"""AdamW and gradient descent as optax chains, with schedules, clipping, decay masks, freezing and rates by path.
 
 A path reads "encoder/layers/3/attention/query/kernel": below a module named "layers", whose parameters are stacked on a
 leading axis, every layer has a path of its own, so that one regular expression can name a layer, a range or all.
@@ -47,6 +47,7 @@ def adamw(
     schedule: str = "linear",
     warmup: int | float = 0,
     end_factor: float = 0.0,
+    drop_at: float | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     epsilon: float = 1e-8,
@@ -64,9 +65,10 @@ def adamw(
     Args:
       num_steps: length of the run, which the schedules need.
       learning_rate: the peak.
-      schedule: "linear", "cosine", "inverse_sqrt" or "constant", after a linear warm-up from 0.
+      schedule: "linear", "cosine", "inverse_sqrt", "constant" or "step", after a linear warm-up from 0.
       warmup: a share of `num_steps` below 1, else steps.
-      end_factor: what part of the peak "linear" and "cosine" end at.
+      end_factor: what part of the peak "linear", "cosine" and "step" end at.
+      drop_at: the share of the run after which "step" falls to that.
       b1: decay of the first moment.
       b2: decay of the second moment.
       epsilon: added to the root of the second moment.
@@ -82,10 +84,72 @@ def adamw(
     Raises:
       UserError: an argument is out of range, or a regular expression finds no parameter.
     """
-    _check(
-        learning_rate=learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, microbatches=microbatches, average=average
+    _check(b1=b1, b2=b2)
+    return _make(
+        optax.scale_by_adam(b1, b2, epsilon),
+        make_schedule(schedule, learning_rate, warmup, num_steps, end_factor, drop_at),
+        weight_decay=weight_decay,
+        no_decay=no_decay,
+        clip_norm=clip_norm,
+        microbatches=microbatches,
+        freeze=freeze,
+        learning_rate_multipliers=learning_rate_multipliers,
+        layer_decay=layer_decay,
+        average=average,
     )
-    rate = make_schedule(schedule, learning_rate, warmup, num_steps, end_factor)
+
+
+def sgd(
+    num_steps: int,
+    learning_rate: float,
+    momentum: float = 0.9,
+    schedule: str = "linear",
+    warmup: int | float = 0,
+    end_factor: float = 0.0,
+    drop_at: float | None = None,
+    weight_decay: float = 0.0,
+    no_decay: tuple[str, ...] = (r"bias$", r"scale$"),
+    clip_norm: float | None = 1.0,
+    microbatches: int = 1,
+    freeze: tuple[str, ...] = (),
+    learning_rate_multipliers: tuple[tuple[str, float], ...] = (),
+    layer_decay: float | None = None,
+    average: float | None = None,
+) -> Optimizer:
+    """Returns gradient descent with momentum, whose sum of past gradients shrinks by `momentum` a step (Polyak 1964).
+
+    The other arguments are those of `adamw`; its weight decay is decoupled too.
+    """
+    _check(momentum=momentum)
+    return _make(
+        optax.trace(momentum),
+        make_schedule(schedule, learning_rate, warmup, num_steps, end_factor, drop_at),
+        weight_decay=weight_decay,
+        no_decay=no_decay,
+        clip_norm=clip_norm,
+        microbatches=microbatches,
+        freeze=freeze,
+        learning_rate_multipliers=learning_rate_multipliers,
+        layer_decay=layer_decay,
+        average=average,
+    )
+
+
+def _make(
+    direction: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    weight_decay: float,
+    no_decay: tuple[str, ...],
+    clip_norm: float | None,
+    microbatches: int,
+    freeze: tuple[str, ...],
+    learning_rate_multipliers: tuple[tuple[str, float], ...],
+    layer_decay: float | None,
+    average: float | None,
+) -> Optimizer:
+    """Returns the chain around what makes a direction of a gradient."""
+    _check(weight_decay=weight_decay, microbatches=microbatches, average=average)
     frozen: Rules = tuple((pattern, 0.0) for pattern in freeze)
     trainable = functools.partial(_scale, functools.partial(path_values, rules=frozen))
 
@@ -96,12 +160,13 @@ def adamw(
     chain = [optax.stateless(lambda updates, params: trainable(updates))]
     if clip_norm is not None:
         chain.append(optax.clip_by_global_norm(clip_norm))
-    adam = optax.scale_by_adam(b1, b2, epsilon)
     # A parameter that is frozen altogether needs no moments.
     chain.append(
-        optax.masked(adam, lambda p: jax.tree.map(lambda v: not np.isscalar(v) or v != 0.0, path_values(p, frozen)))
+        optax.masked(
+            direction, lambda p: jax.tree.map(lambda v: not np.isscalar(v) or v != 0.0, path_values(p, frozen))
+        )
         if freeze
-        else adam
+        else direction
     )
     if weight_decay:
         decay = functools.partial(path_values, rules=tuple((pattern, 0.0) for pattern in no_decay))
@@ -126,8 +191,11 @@ def adamw(
     return Optimizer(init, transformation.update, rate, trainable, microbatches)
 
 
-def make_schedule(name: str, peak: float, warmup: int | float, num_steps: int, end_factor: float) -> optax.Schedule:
+def make_schedule(
+    name: str, peak: float, warmup: int | float, num_steps: int, end_factor: float, drop_at: float | None = None
+) -> optax.Schedule:
     """Returns step -> learning rate: a linear warm-up from 0 to `peak`, then the named decay."""
+    _check(learning_rate=peak)
     if warmup >= 1 and warmup != int(warmup):
         raise UserError(
             f"config.optimizer.warmup: {warmup} is no number of steps; a share of the run must lie in [0, 1)"
@@ -135,16 +203,20 @@ def make_schedule(name: str, peak: float, warmup: int | float, num_steps: int, e
     warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * num_steps)
     if not 0 <= warmup_steps <= num_steps:
         raise UserError(f"config.optimizer.warmup: {warmup_steps} steps do not fit a run of {num_steps}")
+    if (drop_at is not None) != (name == "step") or not 0 <= (drop_at or 0) <= 1:
+        raise UserError("config.optimizer.drop_at: schedule 'step' needs it, in [0, 1], and no other takes it")
     decay_steps = max(num_steps - warmup_steps, 1)
+    drop = max(math.ceil((drop_at or 0) * num_steps) - warmup_steps, 0)
     decays: dict[str, optax.Schedule] = {
         "linear": optax.linear_schedule(peak, peak * end_factor, decay_steps),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, end_factor),
         "constant": optax.constant_schedule(peak),
+        "step": optax.piecewise_constant_schedule(peak, {drop: end_factor}),
         "inverse_sqrt": lambda step: peak * jnp.sqrt(max(warmup_steps, 1) / (step + max(warmup_steps, 1))),
     }
     if name not in decays:
         raise UserError(f"config.optimizer.schedule: unknown '{name}'{nearest(name, decays)}")
-    if end_factor and name not in ("linear", "cosine"):
+    if end_factor and name not in ("linear", "cosine", "step"):
         raise UserError(f"config.optimizer.end_factor: schedule '{name}' takes none")
     if warmup_steps == 0:
         return decays[name]
@@ -240,7 +312,8 @@ def _check_patterns(key: str, patterns: Sequence[str], params: Params) -> None:
 
 
 def _check(**values: float | None) -> None:
-    ranges: dict[str, tuple[float, float]] = {"b1": (0, 1), "b2": (0, 1), "average": (0, 1), "microbatches": (1, 2**31)}
+    ranges: dict[str, tuple[float, float]] = dict.fromkeys(("b1", "b2", "momentum", "average"), (0, 1))
+    ranges["microbatches"] = (1, 2**31)
     for name, value in values.items():
         low, high = ranges.get(name, (0.0, math.inf))
         if value is not None and not low <= value <= high:

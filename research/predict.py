@@ -1,7 +1,8 @@
-"""JSON lines in, JSON lines with predictions out."""
+"""JSON lines, or images, in; JSON lines with predictions out."""
 
 import codecs
 import contextlib
+import inspect
 import itertools
 import json
 import pathlib
@@ -14,6 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from research import sharding
+from research.build import locate
+from research.data import image
 from research.data.dataset import Example
 from research.data.source import examples
 from research.errors import UserError
@@ -29,7 +32,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
       config: of the run.
       workdir: the run's folder.
       input: a file of JSON objects, a line each, with the fields that the config's data have; "-" is stdin. A "label"
-        is not needed, and not looked at.
+        is not needed, and not looked at. Where the data are images, the field of the image is a path; and the input
+        may be an image itself, or a folder whose images, at any depth, are taken in the order of their names.
       output: where each object goes with the prediction added, in the same order; "-" is stdout. What the prediction
         adds takes the place of fields of the same name.
       checkpoint: "latest", "best" or a step; "" takes the best where the run keeps it.
@@ -38,7 +42,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
         raise UserError("--mode=predict runs in one process")
     if output != "-" and not pathlib.Path(output).absolute().parent.is_dir():
         raise UserError(f"--output: there is no folder {pathlib.Path(output).absolute().parent}")
-    rows = _read(input)
+    config = _without_augmentation(config)
+    rows = _read(input, config)
     bare = [{name: value for name, value in row.items() if name != "label"} for _, row in rows]
     experiment = Experiment(config, source=examples(bare), workdir=workdir)
     _, params = restore_params(experiment, workdir, checkpoint)
@@ -48,6 +53,22 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
         for (_, row), described in zip(rows, _predictions(experiment, params, bare)):
             file.write(json.dumps(row | described, ensure_ascii=False) + "\n")
         file.flush()
+
+
+def _without_augmentation(config: ConfigDict) -> ConfigDict:
+    """Returns the config, as plain values; where its training data draw at random, with the ops of an evaluator's."""
+    config = ConfigDict(json.loads(config.to_json()))
+    every = [config.data, *(node.data for node in (config.get("evals") or {}).values() if node and "data" in node)]
+    settled = [node.ops for node in every if "ops" in node and not any(_draws(op) for op in node.ops)]
+    if settled and "ops" in config.data:
+        config.data.ops = settled[0]
+    return config
+
+
+def _draws(op: ConfigDict) -> bool:
+    """Returns whether what an op makes of an example is random."""
+    target = locate(op.get("call"), "config.data.ops")
+    return "rng" in inspect.signature(target.__call__ if inspect.isclass(target) else target).parameters
 
 
 def _predictions(experiment: Experiment, params: Params, bare: Sequence[Example]) -> Iterator[dict[str, Any]]:
@@ -77,24 +98,47 @@ def _outputs(
             yield number, {name: value[i] for name, value in outputs.items()}
 
 
-def _check(rows: Sequence[tuple[int, Example]], bare: Sequence[Example], experiment: Experiment) -> None:
+def _check(rows: Sequence[tuple[str, Example]], bare: Sequence[Example], experiment: Experiment) -> None:
     """Raises UserError naming the first line that cannot be predicted for, before anything is written."""
-    for (number, _), example in zip(rows, bare):
+    for (place, _), example in zip(rows, bare):
         try:
             made = len(experiment.data.transform(example))
         except UserError as error:
-            raise UserError(f"--input: line {number}: {error}") from None
+            raise UserError(f"--input: {place}{error}") from None
         if made == 0 or (made > 1 and not isinstance(experiment.task, DescribesRows)):
-            raise UserError(f"--input: line {number}: config.data.ops make {made} rows of it; predictions are for one")
+            raise UserError(f"--input: {place}config.data.ops make {made} rows of it; predictions are for one")
 
 
-def _read(path: str) -> list[tuple[int, Example]]:
-    """Returns the line number, from 1, and the object of every line that is not empty."""
+def _read(path: str, config: ConfigDict) -> list[tuple[str, Example]]:
+    """Returns what is to be predicted for: objects of JSON lines, or images; each with how messages begin."""
+    field = _image_field(config)
+    if path != "-" and pathlib.Path(path).is_dir():
+        if field is None:
+            raise UserError(f"--input: {path} is a folder; this run takes a file of JSON lines")
+        found, _ = image.files(pathlib.Path(path))
+        if not found:
+            raise UserError(f"--input: {path} holds no image, a file that ends in {', '.join(image.SUFFIXES)}")
+        return [("", {field: str(file)}) for file in found]
     if path != "-" and not pathlib.Path(path).is_file():
         raise UserError(f"--input: there is no file {path}")
     content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
-    rows = []
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if field is not None and path != "-" and not content.lstrip().startswith(b"{"):
+        return [("", {field: path})]
+    return [(f"line {number}: ", row) for number, row in _json_lines(content)]
+
+
+def _image_field(config: ConfigDict) -> str | None:
+    """Returns the field of the examples that holds an image's path; None where the data are no images."""
+    for op in config.data.get("ops", ()):
+        if locate(op.get("call"), "config.data.ops") in (image.Decode, image.DecodeRandomResizedCrop):
+            return op.get("field", "image")
+    return None
+
+
+def _json_lines(content: bytes) -> Iterator[tuple[int, Example]]:
+    """Yields the line number, from 1, and the object of every line that is not empty."""
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -103,5 +147,4 @@ def _read(path: str) -> list[tuple[int, Example]]:
             raise UserError(f"--input: line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"--input: line {number} is not a JSON object")
-        rows.append((number, row))
-    return rows
+        yield number, row

@@ -61,3 +61,14 @@ class DescribesRows(Protocol):
           outputs: what `predict` says of each row.
         """
         ...
+
+
+@runtime_checkable
+class Borrows(Protocol):
+    """A task with parameters of another run, a teacher's say: `config.init` must bring them, and they must not change.
+
+    Attributes:
+      borrowed: regular expressions of their paths.
+    """
+
+    borrowed: tuple[str, ...]

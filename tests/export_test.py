@@ -44,7 +44,12 @@ def params():
 def folder(tmp_path, monkeypatch):
     task = types.SimpleNamespace(model=MODEL)
     experiment = types.SimpleNamespace(
-        task=task, tokenizer=Text(tokenizer.byte_level()), label_names=(), decoding=Decoding()
+        task=task,
+        tokenizer=Text(tokenizer.byte_level()),
+        label_names=(),
+        decoding=Decoding(),
+        spec={},
+        config=ConfigDict(),
     )
     monkeypatch.setattr(export, "Experiment", lambda *_, **__: experiment)
     monkeypatch.setattr(export, "restore_params", lambda *_: (7, params()[1]))

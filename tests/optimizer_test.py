@@ -36,6 +36,14 @@ def test_linear_schedule_is_that_of_the_usual_fine_tuning_loop():
         assert float(rate(i)) == pytest.approx(expected, abs=1e-10)
 
 
+def test_step_schedule_drops_once():
+    rate = optimizer.make_schedule("step", 1e-4, 10, 300, 0.1, drop_at=2 / 3)
+    assert [float(rate(step)) for step in (5, 10, 199, 200, 299)] == pytest.approx([5e-5, 1e-4, 1e-4, 1e-5, 1e-5])
+    for name, drop_at in (("step", None), ("step", 1.5), ("cosine", 0.5)):
+        with pytest.raises(UserError, match="drop_at: schedule 'step' needs it"):
+            optimizer.make_schedule(name, 1e-4, 0, 300, 0.1, drop_at)
+
+
 def test_cosine_and_inverse_square_root_schedules():
     cosine = optimizer.make_schedule("cosine", 1.0, 10, 110, 0.1)
     assert float(cosine(10)) == pytest.approx(1.0)
@@ -108,6 +116,19 @@ def test_frozen_gradients_do_not_count_in_the_norm_nor_need_moments():
     other, state = step(gradients=huge, freeze=("^head/",))
     jax.tree.map(np.testing.assert_array_equal, plain, other)
     assert isinstance(optax.tree.get(state, "mu")["head"]["kernel"], optax.MaskedNode)
+
+
+def test_momentum_sums_shrinking_gradients():
+    chosen = optimizer.sgd(10, 0.1, momentum=0.5, schedule="constant", clip_norm=None, freeze=("^head/",))
+    params, state = PARAMS, chosen.init(PARAMS)
+    for _ in range(2):
+        updates, state = chosen.update(GRADIENTS, state, params)
+        params = optax.apply_updates(params, updates)
+    found, gradients = params["encoder"]["layers"]["mlp"]["kernel"], GRADIENTS["encoder"]["layers"]["mlp"]["kernel"]
+    np.testing.assert_allclose(found, 1 - 0.1 * (1 + 1.5) * gradients, rtol=1e-5)
+    np.testing.assert_array_equal(params["head"]["kernel"], 1)
+    with pytest.raises(UserError, match=r"config\.optimizer\.momentum: 2 must lie in"):
+        optimizer.sgd(10, 0.1, momentum=2)
 
 
 def test_layer_decay_falls_from_the_head_down():

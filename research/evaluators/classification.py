@@ -1,7 +1,7 @@
 """The scores of classification and regression, computed by scikit-learn and scipy over all predictions at once."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -78,14 +78,21 @@ class Scores:
             if name not in fitting:
                 raise UserError(f"scores: '{name}' is no score of {outputs} outputs of '{objective}'; use {fitting}")
 
-    def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> Mapping[str, float | np.ndarray]:
         """Returns score -> value; correlations and F1 as fractions, not percentages."""
-        outputs = list(batches.run(self._batch, params, self.data, self.mesh, check))
+        return self._scored(*self._outputs(self.data, params, check))
+
+    def _outputs(self, data: Dataset, params: Params, check: Callable[[], None]) -> tuple[float, dict[str, np.ndarray]]:
+        """Returns the loss, and what `_batch` returns for every real example of `data`, in order."""
+        outputs = list(batches.run(self._batch, params, data, self.mesh, check))
         loss = merge([{"loss": means["loss"]} for means, _ in outputs])["loss"].compute()
         columns: dict[str, Any] = {k: np.concatenate([rows[k] for _, rows in outputs]) for k in outputs[0][1]}
-        real = columns["mask"] > 0
-        labels, predictions = columns["target"][real], columns["prediction"][real]
-        return {"loss": float(loss)} | {name: float(SCORES[name](labels, predictions)) for name in self.scores}
+        real = columns.pop("mask") > 0
+        return float(loss), {name: column[real] for name, column in columns.items()}
+
+    def _scored(self, loss: float, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+        labels, predictions = columns["target"], columns["prediction"]
+        return {"loss": loss} | {name: float(SCORES[name](labels, predictions)) for name in self.scores}
 
     def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, Mean], dict[str, jax.Array]]:
         outputs = self.task.predict(params, batch, jax.random.key(0))

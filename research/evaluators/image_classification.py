@@ -1,0 +1,82 @@
+"""The scores of image classification, with pictures of what is taken for what."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+import sklearn.metrics
+
+from research import pictures
+from research.data.dataset import Dataset
+from research.errors import UserError
+from research.evaluators.classification import Scores
+from research.evaluators.numbered import numbered
+from research.metrics import Mean
+from research.task import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageScores(Scores):
+    """`Scores`, with a confusion matrix and the mistakes that the model is surest of.
+
+    Attributes:
+      mistakes: how many of them are shown; 0 draws nothing.
+    """
+
+    mistakes: int = 24
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mistakes < 0:
+            raise UserError(f"mistakes: {self.mistakes} must be 0 (no pictures) or more")
+        objective = getattr(self.task, "objective", "softmax")
+        if self.mistakes and objective != "softmax":
+            raise UserError(f"mistakes: 0 is needed, as '{objective}' does not choose one class")
+
+    def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> Mapping[str, float | np.ndarray]:
+        """Returns score -> value, and the pictures "confusion" and, where there are any, "mistakes"."""
+        if not self.mistakes:
+            return super().__call__(params, check)
+        loss, columns = self._outputs(self._numbered, params, check)
+        labels, predictions = columns["target"], columns["prediction"]
+        counts = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(len(self._names)))
+        accuracy = np.mean(labels == predictions)
+        title = f"{len(labels):,} examples, {100 * accuracy:.2f} % right"
+        drawn = {"confusion": pictures.confusion(counts, self._names, title)}
+        wrong = np.flatnonzero(labels != predictions)
+        surest = wrong[np.argsort(-columns["probability"][wrong], kind="stable")][: self.mistakes]
+        if len(surest):
+            drawn["mistakes"] = self._draw({name: column[surest] for name, column in columns.items()}, len(wrong))
+        return self._scored(loss, columns) | drawn
+
+    def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, Mean], dict[str, jax.Array]]:
+        means, rows = super()._batch(params, batch)
+        if "example" not in batch:
+            return means, rows
+        probabilities_BxC = self.task.predict(params, batch, jax.random.key(0))["probabilities"]
+        return means, {**rows, "example": batch["example"], "probability": probabilities_BxC.max(axis=-1)}
+
+    def _draw(self, columns: dict[str, np.ndarray], wrong: int) -> np.ndarray:
+        """Draws examples as the model saw them, each under its class, and the one it was taken for."""
+        shown, titles = [], []
+        for number, target, prediction, probability in zip(*(columns[name] for name in _COLUMNS)):
+            (row,) = self.data.transform(self.data.source[int(number)])
+            shown.append(pictures.pixels(row["image"], self.data.ops))
+            name, other = self._names[target], self._names[prediction]
+            titles.append(f"{name}\nfor {other}, {100 * probability:.0f} %")
+        title = f"Taken for another class: the {len(shown)} surest of {wrong:,} mistakes"
+        return pictures.grid(shown, titles, columns=min(len(shown), 8), title=title)
+
+    @functools.cached_property
+    def _numbered(self) -> Dataset:
+        return numbered(self.data)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        names = getattr(self.task, "label_names", ())
+        return tuple(names) or tuple(str(i) for i in range(getattr(self.task.model, "num_outputs", 0)))
+
+
+_COLUMNS = ("example", "target", "prediction", "probability")

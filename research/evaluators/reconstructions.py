@@ -1,0 +1,65 @@
+"""Pictures of what a masked autoencoder makes of held-out images."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from research import pictures
+from research.data.dataset import Dataset
+from research.errors import UserError
+from research.evaluators import batches
+from research.evaluators.numbered import Numbered
+from research.task import Batch, Params
+from research.tasks.reconstruction import Reconstruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstructions:
+    """Draws the first images of a dataset: masked, predicted and true. What is hidden is the same each time.
+
+    Attributes:
+      task: its `predict` gives "reconstruction" and "masked".
+      mesh: to run on.
+      data: what is drawn; what its `Normalize` did is undone.
+      count: of images.
+    """
+
+    task: Reconstruction
+    mesh: Mesh
+    data: Dataset
+    count: int = 8
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise UserError(f"count: {self.count} must be at least 1")
+
+    def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+        """Returns "images", a picture uint8 [height, width, 3]."""
+        outputs = list(batches.run(self._batch, params, self._data, self.mesh, check))
+        columns = {name: np.concatenate([batch[name] for batch in outputs]) for name in outputs[0]}
+        columns = {name: values[columns["mask"] > 0] for name, values in columns.items()}
+        rows, width = columns["image"].shape[1:3]
+        size = self.task.model.encoder.patch_size
+        hidden = columns["masked"].reshape(-1, rows // size, width // size).repeat(size, axis=1).repeat(size, axis=2)
+        true, predicted = (pictures.pixels(columns[name], self.data.ops) for name in ("image", "reconstruction"))
+        return {"images": pictures.reconstructions(list(true), list(predicted), list(hidden), self._title)}
+
+    @property
+    def _title(self) -> str:
+        title = f"{self.task.model.mask_ratio:.0%} of the patches are hidden (blue)"
+        if self.task.model.normalize_targets:
+            title += "; each prediction is given its patch's true mean and contrast"
+        return title
+
+    @functools.cached_property
+    def _data(self) -> Dataset:
+        return dataclasses.replace(self.data, source=Numbered(self.data.source, self.count))
+
+    def _batch(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        outputs = self.task.predict(params, batch, jax.random.key(0))
+        shown = {name: outputs[name] for name in ("reconstruction", "masked")}
+        return shown | {"image": batch["image"], "mask": batch["mask"]}
