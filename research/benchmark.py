@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from research import allocator
 from research.errors import UserError
 from research.record import git_revision, write_json
 
@@ -21,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def run(command: Sequence[object], threads: int) -> dict[str, Any]:
     """Runs a program, bound to the first `threads` cores, and returns the JSON object in the last line that it prints.
 
+    Memory is kept between steps, as `allocator.keep` does for this project's runs, whatever the program.
     `start`, in ISO 8601, is added to it.
 
     Raises:
@@ -28,10 +30,12 @@ def run(command: Sequence[object], threads: int) -> dict[str, Any]:
     """
     cores = sorted(os.sched_getaffinity(0))[:threads]
     counts = {"OMP_NUM_THREADS": str(threads), "NPROC": str(threads)}  # of PyTorch, and of XLA on a CPU
+    settings = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    settings["GLIBC_TUNABLES"] = allocator.TUNABLES
     start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     process = subprocess.run(
         [str(part) for part in command],
-        env=os.environ | counts | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | counts | settings,
         capture_output=True,
         text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, cores),

@@ -28,9 +28,7 @@ Exit status: 0 done; 2 your mistake, said in one line; 75 preempted after saving
 """
 
 import argparse
-import ctypes
 import importlib
-import importlib.util
 import logging
 import os
 import pathlib
@@ -38,7 +36,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from research import overrides
+from research import allocator, overrides
 from research.errors import UserError, nearest
 
 MODES = {
@@ -48,8 +46,6 @@ MODES = {
     "generate": ("checkpoint", "prompt", "input", "output"),
     "export": ("checkpoint", "output"),
 }
-# M_ARENA_MAX 1, M_MMAP_MAX 0, M_MXFAST 0, M_TRIM_THRESHOLD infinite, M_TOP_PAD 64 MiB: see mallopt(3).
-MALLOPT = {-8: 1, -4: 0, 1: 0, -1: -1, -2: 64 << 20}
 FLAGS = ("config", "workdir", "mode", "checkpoint", "prompt", "input", "output")
 
 
@@ -103,7 +99,7 @@ def _run(argv: Sequence[str]) -> int:
     if flags.config:
         config = overrides.load(flags.config)
         overrides.apply(config, changes)  # before JAX is imported, which takes seconds
-    _keep_memory()
+    allocator.keep()
     from research.checkpoint import SaveError, UnreadableCheckpointError, quieten
     from research.meter import NonFiniteError
     from research.preemption import PreemptedError
@@ -140,21 +136,6 @@ def _start_jax(distributed: bool) -> None:
         jax.distributed.initialize(
             num_processes=int(count) if count else None, process_id=int(index) if index else None
         )
-
-
-def _keep_memory() -> None:
-    """Has the C library keep the buffers of a step on a CPU for the next one; to be called before threads begin.
-
-    To return them to the kernel and to take them again, page by page, would be a fifth of a step's time and more. They
-    are taken by many threads, of which only the main one's heap can keep them, so all share it. Where an accelerator
-    computes that would only slow the threads that read data.
-    """
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    accelerated = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
-    if sys.platform == "linux" and (platforms == "cpu" or not (platforms or accelerated)):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every C library has it
-        for parameter, value in MALLOPT.items() if mallopt else ():
-            mallopt(parameter, value)
 
 
 if __name__ == "__main__":
