@@ -49,8 +49,8 @@ def test_every_pixel_is_in_one_split_and_once_in_those_that_judge(package):
             count = seen[name].setdefault(split, np.zeros(SIZES[name], int))
             top, left, bottom, right = example["region"]
             count[top:bottom, left:right] += 1
-            assert 180 <= bottom - top <= 340
-            assert 180 <= right - left <= 350
+            assert 90 <= bottom - top <= 170
+            assert 90 <= right - left <= 175
     for name, splits in seen.items():
         whole = sum((count > 0).astype(int) for count in splits.values())
         np.testing.assert_array_equal(whole, np.ones(SIZES[name]))

@@ -24,7 +24,7 @@ from research.errors import UserError
 SOURCE = (
     "pypi://deepforest==2.1.0/deepforest/data#sha256=8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"
 )
-TILE = 256  # pixels, about
+TILE = 128  # pixels, about
 LEAST_VISIBLE = 0.5  # a tree of which a tile shows less is no object, and no background either
 
 
@@ -54,7 +54,7 @@ SPLITS = {
 with tfds.core.registered.skip_registration():  # found by its module's name, see data/source.py
 
     class Deepforest(tfds.core.GeneratorBasedBuilder):
-        """Tiles of about 256 x 256 pixels: see SPLITS. No tile of a split overlaps one of another split.
+        """Tiles of about 128 x 128 pixels: see SPLITS. No tile of a split overlaps one of another split.
 
         Features: `image`; `image/filename`; `region`, (top, left, bottom, right) of the tile in the image, in pixels;
         and `objects`: `bbox` (top, left, bottom, right as shares of the tile), `label` and `is_crowd`. Boxes are
