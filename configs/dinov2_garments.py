@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from research.variants import DINOV2_SMALL, choose, tiny_images
 
-LAYERS, DECAY, SIDE = 12, 0.75, 56
+LAYERS, SIDE = 12, 56
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -53,9 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
         warmup=0.1,
         weight_decay=0.05,
         clip_norm=1.0,
-        layer_decay=DECAY,
-        # What comes before the layers is one step further down.
-        learning_rate_multipliers=((r"^encoder/(patches|prefix|position)", DECAY ** (LAYERS + 1)),),
+        layer_decay=0.75,
     )
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=200, keep=1)
@@ -92,7 +90,6 @@ def scratch(config: ConfigDict) -> ConfigDict:
     """Without layer-wise decay, which would keep random layers as they are."""
     config.init = None
     config.optimizer.layer_decay = None
-    config.optimizer.learning_rate_multipliers = ()
     return config
 
 

@@ -98,10 +98,7 @@ def finetune(config: ConfigDict) -> ConfigDict:
     config = classify(config)
     config.task.model.encoder.drop_path = 0.1
     config.init = dict(call="research.transfer.load_params", path="runs/mae_fashion_mnist", new=("^head",))
-    decay = 0.75
-    config.optimizer.update(learning_rate=1e-3, warmup=0.1, b2=0.999, layer_decay=decay)
-    # What comes before the layers is one step further down.
-    config.optimizer.learning_rate_multipliers = ((r"^encoder/(patches|prefix)", decay ** (LAYERS + 1)),)
+    config.optimizer.update(learning_rate=1e-3, warmup=0.1, b2=0.999, layer_decay=0.75)
     return config
 
 
@@ -110,7 +107,6 @@ def scratch(config: ConfigDict) -> ConfigDict:
     config = finetune(config)
     config.init = None
     config.optimizer.layer_decay = None
-    config.optimizer.learning_rate_multipliers = ()
     return config
 
 

@@ -139,7 +139,7 @@ def classify(config: ConfigDict, size: str, epochs: float) -> ConfigDict:
 
 
 def finetune(size: str) -> Callable[[ConfigDict], ConfigDict]:
-    *_, layers, _, drop_path, epochs, rate, decay = SIZES[size]
+    *_, drop_path, epochs, rate, decay = SIZES[size]
 
     def change(config: ConfigDict) -> ConfigDict:
         config = classify(config, size, epochs)
@@ -161,8 +161,6 @@ def finetune(size: str) -> Callable[[ConfigDict], ConfigDict]:
             weight_decay=0.05,
             clip_norm=None,
             layer_decay=decay,
-            # What comes before the layers is one step further down.
-            learning_rate_multipliers=((r"^encoder/(patches|prefix)", decay ** (layers + 1)),),
         )
         return config
 
@@ -200,7 +198,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
     if "mixup" in config.task:
         config.task.update(mixup=0.05, cutmix=0.0)  # thirty steps are too few for more
         config.data.ops[1]["area"], config.data.ops[3]["magnitude"] = (0.7, 1.0), 1
-        config.optimizer.learning_rate_multipliers = ()
     config = tiny_images(config, size=36)
     for node in [config.data, *(evaluator.data for evaluator in config.evals.values())]:
         for op in node.ops:

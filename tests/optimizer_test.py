@@ -8,6 +8,7 @@ import pytest
 
 from research import optimizer
 from research.errors import UserError
+from research.models import vit
 
 PARAMS = {
     "encoder": {
@@ -148,6 +149,21 @@ def test_layer_decay_reaches_tables_that_stand_beside_the_layers():
     np.testing.assert_allclose(updates["word"]["embedding"], -0.1 * 0.0625, rtol=1e-5)
     np.testing.assert_allclose(updates["decoder"]["layers"]["mlp"]["kernel"][:, 0], [-0.0125, -0.025, -0.05], rtol=1e-5)
     np.testing.assert_allclose(updates["norm_out"]["scale"], -0.1, rtol=1e-5)
+
+
+def test_layer_decay_reaches_what_an_image_is_embedded_by():
+    model = vit.ImageClassifier(vit.Encoder(4, 2, 1, 8, 3, 2, 8), num_outputs=2)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"]
+    chosen = optimizer.adamw(10, 0.1, schedule="constant", clip_norm=None, layer_decay=0.5)
+    moved, _ = chosen.update(jax.tree.map(jnp.ones_like, params), chosen.init(params), params)
+    for name in ("patches", "prefix", "position"):
+        for leaf in jax.tree.leaves(moved["encoder"][name]):
+            np.testing.assert_allclose(leaf, -0.1 * 0.0625, rtol=1e-5)
+    np.testing.assert_allclose(
+        moved["encoder"]["layers"]["mlp"]["up"]["bias"][:, 0], [-0.0125, -0.025, -0.05], rtol=1e-5
+    )
+    for leaf in jax.tree.leaves((moved["encoder"]["norm"], moved["head_output"])):
+        np.testing.assert_allclose(leaf, -0.1, rtol=1e-5)
 
 
 def test_multipliers_take_the_first_rule_that_matches():

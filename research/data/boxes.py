@@ -249,7 +249,8 @@ def chosen(objects: Mapping[str, Any], which: np.ndarray) -> dict[str, np.ndarra
 def renumbered(source: Source, ids: Sequence[int]) -> "Renumbered":
     """Gives classes other numbers, as a published model may have them: class i becomes ids[i].
 
-    Numbers that no class has are called "N/A". COCO's 80 classes, for instance, are 91 in DETR's published weights.
+    A number that no class has is called "N/A 12", say, for names must differ where they are exported. COCO's 80
+    classes, for instance, are 91 in DETR's published weights.
 
     Raises:
       UserError: there are not as many numbers as classes, or one is there twice.
@@ -257,7 +258,7 @@ def renumbered(source: Source, ids: Sequence[int]) -> "Renumbered":
     names = source.label_names.get("label", ())
     if len(ids) != len(names) or len(set(ids)) != len(ids) or min(ids) < 0:
         raise UserError(f"ids: {len(names)} classes need as many different numbers, not {tuple(ids)}")
-    renamed = ["N/A"] * (max(ids) + 1)
+    renamed = [f"N/A {number}" for number in range(max(ids) + 1)]
     for number, name in zip(ids, names):
         renamed[number] = name
     return Renumbered(source, np.asarray(ids), {**source.label_names, "label": tuple(renamed)})

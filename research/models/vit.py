@@ -110,7 +110,7 @@ class Encoder(nn.Module):
 
     Attributes:
       image_size: the side, in pixels, of the square images that the positions are learned for. Images of other sizes
-        get theirs by interpolation.
+        get theirs by interpolation; sinusoids are computed for every size, never interpolated.
       patch_size: the side of a patch in pixels.
       num_channels: C.
       hidden_size: D, a multiple of `num_heads`.

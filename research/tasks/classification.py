@@ -104,8 +104,11 @@ class Classification:
     def _loss(self, logits_BxC: jax.Array, batch: Batch, smoothing: float) -> Mean:
         labels, mask = self._labels(logits_BxC, batch), batch["mask"]
         if self.objective == "softmax":
-            targets_BxC = optax.smooth_labels(jax.nn.one_hot(labels, logits_BxC.shape[-1]), smoothing)
-            return Mean.of(optax.softmax_cross_entropy(logits_BxC, targets_BxC), mask)
+            classes = logits_BxC.shape[-1]
+            targets_BxC = optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
+            losses_B = optax.softmax_cross_entropy(logits_BxC, targets_BxC)
+            # An unknown class makes the loss NaN rather than wrong: its one-hot vector is zero, and so were its loss.
+            return Mean.of(jnp.where((labels >= 0) & (labels < classes), losses_B, jnp.nan), mask)
         each = optax.sigmoid_binary_cross_entropy if self.objective == "sigmoid" else optax.squared_error
         return Mean.of(each(logits_BxC, labels).mean(axis=-1), mask)
 

@@ -140,7 +140,8 @@ class Detection:
         queries, none = logits_LxBxQxC.shape[2], logits_LxBxQxC.shape[3] - 1
         real_BxN = (batch["box_mask"] * batch["mask"][:, None]).astype(jnp.float32)
         # An unknown class has no probability, and makes the loss NaN rather than wrong.
-        classes_BxN = jnp.where(batch["classes"] < none, batch["classes"], none + 1)
+        known_BxN = (batch["classes"] >= 0) & (batch["classes"] < none)
+        classes_BxN = jnp.where(known_BxN, batch["classes"], none + 1)
         # What fills up is a box like any other, so that no gradient is NaN.
         targets_BxNx4 = jnp.where(real_BxN[..., None] != 0, batch["boxes"], 0.5)
         cost = self._cost(logits_LxBxQxC, boxes_LxBxQx4, classes_BxN, targets_BxNx4)

@@ -69,7 +69,7 @@ class Diffusion:
         keys = jax.random.split(rng, 4)
         shares_B, noise = jax.random.uniform(keys[0], size), jax.random.normal(keys[1], batch["image"].shape)
         dropped_B = jax.random.bernoulli(keys[2], self.label_dropout, size)
-        label_B = jnp.where(dropped_B, self.model.num_classes, batch["label"])
+        label_B = jnp.where(dropped_B, self.model.num_classes, self._known(batch["label"]))
         parts = self._parts(params, batch["image"], label_B, shares_B, noise, {"dropout": keys[3]})
         means = {name: Mean.of(values, batch["mask"]) for name, values in parts.items()}
         return means.pop("loss"), means
@@ -83,7 +83,7 @@ class Diffusion:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), _digest(image))
         shares_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys_B)
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), image.shape[1:]))(keys_B)
-        parts = self._parts(params, image, batch["label"], shares_B, noise, {})
+        parts = self._parts(params, image, self._known(batch["label"]), shares_B, noise, {})
         return {name: Mean.of(values, batch["mask"]) for name, values in parts.items()}
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
@@ -111,6 +111,11 @@ class Diffusion:
             return guided, None if share is None else jnp.split(share, 2)[0]
 
         return diffusion.sample(self.process, predict, keys_B, self.model.shape, sampling)
+
+    def _known(self, label_B: jax.Array) -> jax.Array:
+        """Returns the labels; one that no class has, and that would stand for none, makes the loss NaN."""
+        known_B = (label_B >= 0) & (label_B < self.model.num_classes)
+        return jnp.where(known_B, label_B, self.model.num_classes + 1)
 
     def _parts(
         self,

@@ -246,7 +246,7 @@ def test_formats_of_boxes():
 def test_renumbered_classes():
     plain = source.examples([drawn()], {"label": ("cat", "dog", "emu")})
     renamed = boxes.renumbered(plain, (1, 2, 5))
-    assert renamed.label_names["label"] == ("N/A", "cat", "dog", "N/A", "N/A", "emu")
+    assert renamed.label_names["label"] == ("N/A 0", "cat", "dog", "N/A 3", "N/A 4", "emu")
     np.testing.assert_array_equal(renamed[0]["objects"]["label"], [1, 2, 5])
     np.testing.assert_array_equal(plain[0]["objects"]["label"], [0, 1, 2])
     assert len(renamed) == 1

@@ -67,6 +67,15 @@ def test_label_smoothing_spreads_a_share_of_the_target():
     )
 
 
+@pytest.mark.parametrize("unknown", [3, -1])
+def test_an_unknown_class_is_no_number(unknown):
+    labels = np.where(np.arange(6) == 1, unknown, CLASSES)
+    task, params, batch, _ = setup("softmax", 3, labels, label_smoothing=0.1)
+    assert np.isnan(loss(task, params, batch)[0])
+    hidden = batch | {"mask": jnp.asarray(np.arange(6) != 1, jnp.float32)}
+    assert np.isfinite(loss(task, params, hidden)[0])
+
+
 def binary_cross_entropy(logits, labels):
     p = 1 / (1 + np.exp(-logits))
     return -(labels * np.log(p) + (1 - labels) * np.log(1 - p))

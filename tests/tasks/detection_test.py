@@ -182,9 +182,10 @@ def test_the_gradient_of_microbatches_of_as_many_boxes_is_that_of_the_batch():
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-5)
 
 
-def test_an_unknown_class_is_no_number():
+@pytest.mark.parametrize("unknown", [CLASSES, -1])
+def test_an_unknown_class_is_no_number(unknown):
     params, batch = problem()
-    wrong = batch | {"classes": batch["classes"].at[0, 0].set(CLASSES)}
+    wrong = batch | {"classes": batch["classes"].at[0, 0].set(unknown)}
     assert np.isnan(values(Detection(Given()).metrics(params, wrong))["loss"])
 
 

@@ -107,6 +107,15 @@ def test_labels_are_dropped():
     np.testing.assert_array_equal(first[first != 3], rows["label"][first != 3])
 
 
+@pytest.mark.parametrize("unknown", [SIZES["num_classes"], -1])
+def test_an_unknown_class_is_not_taken_for_none(unknown):
+    tasks, rows = task(label_dropout=0.0), batch(4)
+    params = begin(tasks, 0.1)
+    wrong = rows | {"label": np.where(np.arange(4) == 0, unknown, rows["label"])}
+    assert np.isnan(numbers(tasks.metrics(params, wrong))["loss"])
+    assert np.isnan(float(tasks.loss(params, wrong, jax.random.key(0))[0].compute()))
+
+
 def test_evaluation_is_repeatable_and_knows_no_batch():
     tasks, rows = task("v"), batch(6)
     params = begin(tasks, 0.1)
