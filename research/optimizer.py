@@ -226,18 +226,25 @@ def make_schedule(
 class AverageState(NamedTuple):
     """The state of `average_params`."""
 
+    count: jax.Array
     average: Params
 
 
 def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Keeps an exponential moving average of the parameters as they are after each update; put it last in a chain."""
+    """Keeps an exponential moving average of the parameters as they are after each update; put it last in a chain.
+
+    At first it forgets faster, with the decay (1 + t) / (10 + t) of update t as long as that is smaller, so that the
+    initial parameters do not stay in it (as TensorFlow's ExponentialMovingAverage does with `num_updates`).
+    """
 
     def init(params: Params) -> AverageState:
-        return AverageState(jax.tree.map(jnp.array, params))
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params))
 
     def update(updates: Params, state: AverageState, params: Params, **_: Any) -> tuple[Params, AverageState]:
         new = optax.apply_updates(params, updates)
-        return updates, AverageState(jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, new))
+        kept = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        average = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, state.average, new)
+        return updates, AverageState(state.count + 1, average)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

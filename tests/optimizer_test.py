@@ -174,14 +174,22 @@ def test_multipliers_take_the_first_rule_that_matches():
 
 
 def test_the_average_follows_the_parameters():
-    params, state = step(average=0.9, steps=3)
+    params, state = step(average=0.3, steps=4)
     expected, current = PARAMS, PARAMS
-    for i in range(1, 4):
+    for i, decay in enumerate((0.1, 2 / 11, 0.25, 0.3), start=1):
         current, _ = step(steps=i)
-        expected = jax.tree.map(lambda e, c: 0.9 * e + 0.1 * c, expected, current)
+        expected = jax.tree.map(lambda e, c, d=decay: d * e + (1 - d) * c, expected, current)
     averaged = optimizer.evaluation_params(params, state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), averaged, expected)
     assert optimizer.evaluation_params(params, step()[1]) is params
+
+
+def test_initial_parameters_do_not_stay_in_the_average():
+    still, start = optimizer.average_params(0.999), {"kernel": jnp.ones(1)}
+    state = still.init(start)
+    for _ in range(100):
+        _, state = still.update({"kernel": jnp.zeros(1)}, state, {"kernel": jnp.zeros(1)})
+    assert state.average["kernel"] < 1e-6
 
 
 @pytest.mark.peers
