@@ -27,6 +27,6 @@ def keep() -> None:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     accelerated = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
     if sys.platform == "linux" and (platforms == "cpu" or not (platforms or accelerated)):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every C library has it
-        for number, value in PARAMETERS.values() if mallopt else ():
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # not every C library has it
+        for number, value in PARAMETERS.values():
             mallopt(number, value)

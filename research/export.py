@@ -14,6 +14,7 @@ from research.build import build
 from research.data.tokenizer import Tokenizer
 from research.evaluate import restore_params
 from research.experiment import Experiment
+from research.models import vit
 from research.models.encoder_decoder import EncoderDecoder
 from research.pretrained import huggingface, preprocessor
 from research.record import write_json
@@ -42,7 +43,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
     experiment = Experiment(config, workdir=workdir)
     step, params = restore_params(experiment, workdir, checkpoint)
     folder = pathlib.Path(output).expanduser() if output else workdir / "export"
-    model, tokenizer = experiment.task.model, experiment.tokenizer
+    tokenizer = experiment.tokenizer
+    model, params = at_trained_size(experiment, jax.device_get(own(params, experiment)))
     names = getattr(experiment.task, "label_names", ())
     outputs = getattr(model, "num_outputs", 0)
     labels = names[-outputs:] if names and outputs else None  # of two labels on one output, the second
@@ -54,7 +56,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
         huggingface.save(
             folder,
             model,
-            jax.device_get(own(params, experiment)),
+            params,
             labels=labels,
             problem_type=PROBLEMS.get(getattr(experiment.task, "objective", "")),
             tokenizer_files=files,
@@ -70,6 +72,19 @@ def own(params: Params, experiment: Experiment) -> Params:
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     kept = {name: leaf for name, leaf in flat.items() if not any(re.search(pattern, name) for pattern in borrowed)}
     return flax.traverse_util.unflatten_dict(kept, sep="/")
+
+
+def at_trained_size(experiment: Experiment, params: Params) -> tuple[nn.Module, Params]:
+    """Returns the model and its parameters with the positions of the images that it was trained on.
+
+    Transformers' ViT refuses images of another size than that of its positions.
+    """
+    model, image = experiment.task.model, experiment.spec.get("image")
+    encoder = getattr(model, "encoder", None)
+    if image is None or not isinstance(encoder, vit.Encoder) or image.shape[1] != image.shape[2]:
+        return model, params
+    encoder, fitted = vit.to_image_size(encoder, params["encoder"], image.shape[1])
+    return model.clone(encoder=encoder), {**params, "encoder": fitted}
 
 
 def image_preprocessor(experiment: Experiment) -> dict[str, Any] | None:

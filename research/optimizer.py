@@ -226,7 +226,7 @@ def make_schedule(
 class AverageState(NamedTuple):
     """The state of `average_params`."""
 
-    count: jax.Array
+    updates: jax.Array
     average: Params
 
 
@@ -242,9 +242,9 @@ def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
 
     def update(updates: Params, state: AverageState, params: Params, **_: Any) -> tuple[Params, AverageState]:
         new = optax.apply_updates(params, updates)
-        kept = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        kept = jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
         average = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, state.average, new)
-        return updates, AverageState(state.count + 1, average)
+        return updates, AverageState(state.updates + 1, average)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from research import export
 from research.data import tokenizer
 from research.decoding import Decoding
-from research.models import bert
+from research.models import bert, vit
 from research.models.encoder_decoder import EncoderDecoder
 from research.models.gpt import Decoder
 from research.pretrained import huggingface
@@ -67,6 +68,27 @@ def test_a_decoder_is_exported_whole(folder):
     assert {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "model_type": "gpt2"}.items() <= config.items()
     text = "a cat"
     assert tokenizer.load(str(folder)).backend.encode(text).ids == tokenizer.byte_level().backend.encode(text).ids
+
+
+def experiment_on_images(side: int, encoder: vit.Encoder, num_outputs: int = 3) -> types.SimpleNamespace:
+    model = vit.ImageClassifier(encoder, num_outputs)
+    spec = {"image": jax.ShapeDtypeStruct((2, side, side, 3), np.float32)}
+    return types.SimpleNamespace(task=types.SimpleNamespace(model=model), spec=spec)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_an_encoder_of_images_is_exported_at_the_size_that_it_was_trained_at(positions):
+    encoder = vit.Encoder(8, 4, 3, 8, 2, 2, 16, positions=positions)
+    experiment = experiment_on_images(20, encoder)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(2, 20, 20, 3)), jnp.float32)
+    params = jax.device_get(experiment.task.model.init(jax.random.key(0), images)["params"])
+    model, fitted = export.at_trained_size(experiment, params)
+    assert model.encoder.image_size == 20
+    jax.tree.map(lambda a, b: None, model.init(jax.random.key(0), images)["params"], fitted)
+    want = experiment.task.model.apply({"params": jax.tree.map(jnp.asarray, params)}, images)
+    found = model.apply({"params": jax.tree.map(jnp.asarray, fitted)}, images)
+    np.testing.assert_allclose(found, want, atol=1e-6)
 
 
 @pytest.mark.peers

@@ -213,6 +213,16 @@ class Encoder(nn.Module):
         return self.norm(x_BxTxD)
 
 
+def to_image_size(encoder: Encoder, params: dict[str, Any], size: int) -> tuple[Encoder, dict[str, Any]]:
+    """Returns an encoder for images of `size` pixels a side that computes what this one does, and its parameters."""
+    larger, params = encoder.clone(image_size=size), dict(params)
+    if encoder.positions == "learned" and size != encoder.image_size:
+        prefix_PxD, position_NxD = np.split(params["position"], [encoder.prefix_tokens])
+        old, new = (grid((side, side), encoder.patch_size) for side in (encoder.image_size, size))
+        params["position"] = np.concatenate([prefix_PxD, np.asarray(resample(jnp.asarray(position_NxD), old, new))])
+    return larger, params
+
+
 POOLINGS = ("token", "mean", "token_and_mean")
 
 
