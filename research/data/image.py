@@ -153,13 +153,14 @@ def _called(name: str) -> str:
 
 
 def _orientation(image: Image) -> int:
-    """Returns EXIF's orientation of an image that is not loaded yet; 1, upright, where it has none."""
+    """Returns EXIF's orientation of an image that is not loaded yet; 1, upright, where it has none that means one."""
     if image.format == "TIFF":
         return 1  # PIL turns these itself
     try:
-        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+        found = image.getexif().get(PIL.ExifTags.Base.Orientation)
     except Exception:  # notes that cannot be read do not make a picture unreadable
         return 1
+    return found if found in TURNS else 1
 
 
 def _converted(image: Image, channels: int) -> Image:
