@@ -113,11 +113,14 @@ def name_of(example: Mapping[str, Any]) -> str:
 def files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
     """Returns the images in a folder, at any depth, and the other files, both in the order of their names.
 
-    An image is what ends in one of `SUFFIXES`; what systems put everywhere (.DS_Store, Thumbs.db, ...) is neither.
+    An image is what ends in one of `SUFFIXES`; what systems put everywhere (.DS_Store, Thumbs.db, ...) is neither. A
+    link to a folder is followed, unless it stands in that folder.
     """
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        here = pathlib.Path(place)
+        above = {path.resolve() for path in (here, *here.parents)}
+        folders[:] = [name for name in folders if not is_hidden(name) and (here / name).resolve() not in above]
         found += [pathlib.Path(place, name) for name in names if not is_hidden(name)]
     images = [path for path in found if path.suffix.lower() in SUFFIXES]
     return sorted(images), sorted(set(found) - set(images))
