@@ -480,6 +480,13 @@ def test_a_broken_image_ends_training_by_name():
         first(dataset.batches(), 4)
 
 
+def test_images_of_several_sizes_make_no_batch():
+    records = [{"image": noise(8, 8)}, {"image": noise(8, 9)}]
+    dataset = Dataset(examples(records), ("image",), (image.Decode(), image.Normalize()), batch_size=2)
+    with pytest.raises(UserError, match=r"'image' of one shape, not of \[8, 8, 3\] and \[8, 9, 3\]; resize or crop"):
+        next(dataset.epoch())
+
+
 # --- against torchvision --------------------------------------------------------------------------
 
 
