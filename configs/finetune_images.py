@@ -11,14 +11,15 @@ Each of these is said once and holds everywhere:
   --config.init.new_head=true    start from a classifier of other labels
   --config.data.ops[0].size      the side of the images in pixels, to which positions are interpolated
   --config.data.ops[2].mean, .std  of the channels, as the encoder had them: here 0.5; DeiT and DINOv2 had
-                                 0.485,0.456,0.406 and 0.229,0.224,0.225
+                                 0.485,0.456,0.406 and 0.229,0.224,0.225 (in `:scratch` they are of ops[3])
 
 Evaluated are the images in PATH/validation, else those held out; --config.evals.test.data.source.split=test takes
 PATH/test.
 The number and the names of the classes come from the folder. ViT, DeiT and DINOv2 are known: hf://facebook/dinov2-small.
 Recipe: crops and flips as in Szegedy 2014, AdamW at a small rate. Expected: depends on the folder.
 Hardware: any; ViT-B/16 at 224 pixels wants an accelerator. `:scratch` trains a small ViT (Ti/8 at 64 pixels) from
-random on any folder, which takes minutes for a thousand images on 2 CPU cores. `:tiny` needs neither network nor files.
+random on any folder, which takes minutes for a thousand images on 2 CPU cores; no model of Transformers is like it, so
+that --mode=export does not take it. `:tiny` needs neither network nor files.
 """
 
 from ml_collections import ConfigDict, FieldReference

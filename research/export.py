@@ -25,7 +25,10 @@ PROBLEMS = {
     "sigmoid": "multi_label_classification",
     "regression": "regression",
 }
-IMAGE_OPS = tuple(f"research.data.image.{name}" for name in ("CenterCrop", "Normalize", "Resize"))
+IMAGE_OPS = tuple(
+    f"research.data.{name}"
+    for name in ("image.CenterCrop", "image.Normalize", "image.Resize", "boxes.Resize", "boxes.Targets")
+)
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint: str = "") -> pathlib.Path:

@@ -194,7 +194,7 @@ def _draw_line(axes: Axes, metric: str, steps: np.ndarray, numbers: np.ndarray, 
         axes.plot(steps, numbers, color=colour, alpha=0.25, linewidth=0.8)
         label = f"{metric}, mean of {window} points"
         return axes.plot(steps, _running_mean(numbers, window), dash, color=colour, linewidth=1.6, label=label)[0]
-    marker = "o" if len(steps) <= 30 and not metric.startswith("train/") else ""
+    marker = "o" if len(steps) == 1 or (len(steps) <= 30 and not metric.startswith("train/")) else ""
     return axes.plot(steps, numbers, dash, color=colour, marker=marker, markersize=4, linewidth=1.6, label=metric)[0]
 
 

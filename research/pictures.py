@@ -1,6 +1,7 @@
 """Pictures that evaluators return: arrays uint8 [height, width, 3], drawn without a display."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,19 +29,26 @@ def grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int, titl
 
     Args:
       images: what to draw.
-      titles: one for each image; "" for none.
+      titles: one for each image, broken into lines where it is longer than its image is wide; "" for none.
       columns: how many images stand in a row.
       title: above all.
     """
     rows = max(math.ceil(len(images) / columns), 1)
-    extra = 0.3 if any(titles) else 0.05
-    figure = Figure(figsize=(1.3 * columns, (1.2 + extra) * rows + 0.5), layout="constrained")
-    for i, (image, name) in enumerate(zip(images, titles)):
+    names = ["\n".join(textwrap.fill(line, 22) for line in name.split("\n")) for name in titles]
+    lines = max((name.count("\n") + 1 for name in names if name), default=0)
+    size = (max(1.3 * columns, 4), (1.22 + 0.14 * lines) * rows + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    for i, (image, name) in enumerate(zip(images, names)):
         axes = figure.add_subplot(rows, columns, i + 1)
         show(axes, image)
         axes.set_title(name, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    _head(figure, title)
     return render(figure)
+
+
+def _head(figure: Figure, title: str) -> None:
+    """Writes a title above a figure, in as many lines as it takes."""
+    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=10)
 
 
 def show(axes: Axes, image: np.ndarray) -> None:
@@ -81,20 +89,27 @@ def boxes(
             drawn = zip(found, classes, scores) if side else zip(right, labels, [None] * len(labels))
             for box, label, score in drawn:
                 _box(axes, box, int(label), names, score)
-    figure.suptitle(title, fontsize=10)
+    _head(figure, title)
     return render(figure)
 
 
 def _box(axes: Axes, box: np.ndarray, label: int, names: Sequence[str], score: float | None) -> None:
-    """Draws one box in the colour of its class; pixels' centres have whole coordinates."""
+    """Draws one box in the colour of its class; pixels' centres have whole coordinates.
+
+    What is written stands on the box, from its left, but in it at the top of the image, and up to its right where the
+    image soon ends.
+    """
     left, top, right, bottom = box - 0.5
     colour = f"C{label % 10}"
     axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2))
     name = [] if len(names) == 1 else [names[label] if label < len(names) else str(label)]
     text = " ".join([*name, *([] if score is None else [f"{score:.2f}"])])
     background = {"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
+    width, height = axes.get_xlim()[1] + 0.5, axes.get_ylim()[0] + 0.5
+    x, ha = (min(right, width - 0.5), "right") if left > 0.7 * width else (max(left, -0.5), "left")
+    y, va = (max(top, -0.5), "top") if top < 0.06 * height else (top, "bottom")
     if text:
-        axes.text(left, top, text, fontsize=5.5, color="white", va="bottom", clip_on=True, bbox=background)
+        axes.text(x, y, text, fontsize=5.5, color="white", ha=ha, va=va, clip_on=True, bbox=background)
 
 
 def confusion(counts: np.ndarray, names: Sequence[str], title: str = "") -> np.ndarray:
@@ -156,7 +171,7 @@ def by_class(rows: Sequence[np.ndarray], names: Sequence[str], title: str) -> np
     axes.set_yticks([i * (height + gap) + height / 2 for i in range(len(rows))], names, fontsize=9)
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    figure.suptitle(title, fontsize=10)
+    _head(figure, title)
     return render(figure)
 
 

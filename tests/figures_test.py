@@ -50,6 +50,13 @@ def test_curves_of_an_empty_run_say_so(tmp_path):
     assert ink(tmp_path / "empty.png") > 0.001
 
 
+def test_a_single_point_can_be_seen(tmp_path):
+    figures.curves({"run": [{"step": 1, "train/loss": 1.0}]}, None, tmp_path / "one.png")
+    blue = np.array([0x00, 0x72, 0xB2])  # the first of COLOURS
+    pixels = np.asarray(Image.open(tmp_path / "one.png").convert("RGB"), int)
+    assert (abs(pixels - blue).max(axis=-1) < 8).sum() > 20
+
+
 def test_results_draw_one_run_and_many(tmp_path):
     values = {"ours": [0.85, 0.86, 0.87], "theirs": [0.84]}
     figures.results(values, "test/accuracy", tmp_path / "results.png", reference=("published", 0.85), title="title")

@@ -266,7 +266,7 @@ class Dataset:
         for name in names:
             if name not in examples[0]:
                 raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, examples[0])}")
-        return {name: np.stack([self._feature(e[name], lengths, name) for e in examples]) for name in names}
+        return {name: _stack([self._feature(e[name], lengths, name) for e in examples], name) for name in names}
 
     def _feature(self, value: Any, lengths: dict[str, int], name: str) -> np.ndarray:
         array = _numbers(value, name)
@@ -364,6 +364,14 @@ def with_rng(op: Callable[..., Any]) -> Callable[[Example, np.random.Generator],
 def _parts(count: int, size: int) -> list[np.ndarray]:
     """Shares out 0..count - 1 in order, in as few parts of at most `size` as there can be, as evenly as can be."""
     return np.array_split(np.arange(count), math.ceil(count / size)) if count else []
+
+
+def _stack(arrays: Sequence[np.ndarray], name: str) -> np.ndarray:
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        found = " and ".join(str(list(shape)) for shape in shapes[:2])
+        raise UserError(f"config.data.ops: a batch needs '{name}' of one shape, not of {found}; resize or crop images")
+    return np.stack(arrays)
 
 
 def _numbers(value: Any, name: str) -> np.ndarray:

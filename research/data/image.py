@@ -113,11 +113,14 @@ def name_of(example: Mapping[str, Any]) -> str:
 def files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
     """Returns the images in a folder, at any depth, and the other files, both in the order of their names.
 
-    An image is what ends in one of `SUFFIXES`; what systems put everywhere (.DS_Store, Thumbs.db, ...) is neither.
+    An image is what ends in one of `SUFFIXES`; what systems put everywhere (.DS_Store, Thumbs.db, ...) is neither. A
+    link to a folder is followed, unless it stands in that folder.
     """
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        here = pathlib.Path(place)
+        above = {path.resolve() for path in (here, *here.parents)}
+        folders[:] = [name for name in folders if not is_hidden(name) and (here / name).resolve() not in above]
         found += [pathlib.Path(place, name) for name in names if not is_hidden(name)]
     images = [path for path in found if path.suffix.lower() in SUFFIXES]
     return sorted(images), sorted(set(found) - set(images))
@@ -153,13 +156,14 @@ def _called(name: str) -> str:
 
 
 def _orientation(image: Image) -> int:
-    """Returns EXIF's orientation of an image that is not loaded yet; 1, upright, where it has none."""
+    """Returns EXIF's orientation of an image that is not loaded yet; 1, upright, where it has none that means one."""
     if image.format == "TIFF":
         return 1  # PIL turns these itself
     try:
-        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+        found = image.getexif().get(PIL.ExifTags.Base.Orientation)
     except Exception:  # notes that cannot be read do not make a picture unreadable
         return 1
+    return found if found in TURNS else 1
 
 
 def _converted(image: Image, channels: int) -> Image:

@@ -54,5 +54,5 @@ def latents(path: str, split: str = "train") -> Latents:
 def _read(folder: pathlib.Path, name: str) -> np.ndarray:
     try:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
-    except ValueError as error:
+    except (ValueError, EOFError) as error:  # an empty file is an EOFError
         raise UserError(f"path: '{folder / name}.npy' is no array: {error}") from None

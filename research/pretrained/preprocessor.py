@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from research.data import boxes
 from research.data.image import CenterCrop, Normalize, Resize
 
 FILE = "preprocessor_config.json"
@@ -15,7 +16,8 @@ def describe(ops: Sequence[Any], shape: Sequence[int]) -> dict[str, Any] | None:
     """Returns what the file holds; None where the ops do not normalise images.
 
     Args:
-      ops: of a dataset whose images are not augmented; known are `Resize`, `CenterCrop` and `Normalize`.
+      ops: of a dataset whose images are not augmented; known are `Resize`, `CenterCrop` and `Normalize`, and of
+        detectors `boxes.Resize` and `boxes.Targets`.
       shape: height, width and channels of what the model is trained on. Images are made as large where no op resizes.
     """
     height, width, channels = shape
@@ -37,7 +39,19 @@ def describe(ops: Sequence[Any], shape: Sequence[int]) -> dict[str, Any] | None:
         "image_std": _each(normalize.std, channels),
         "do_convert_rgb": channels == 3,
     }
+    if any(isinstance(op, boxes.Targets) for op in ops):
+        return keys | _detector(ops, shape)
     return keys | ({"crop_size": _size(crop.size)} if crop else {})
+
+
+def _detector(ops: Sequence[Any], shape: Sequence[int]) -> dict[str, Any]:
+    """Returns what the file of a detector says otherwise: images keep their shape and are padded."""
+    resize = next((op for op in ops if isinstance(op, boxes.Resize)), None)
+    keys = {"image_processor_type": "DetrImageProcessor", "do_pad": True, "pad_size": _size(shape)}
+    if resize is None:
+        return keys | {"do_resize": False}
+    size = {"shortest_edge": resize.shorter, "longest_edge": resize.longer}
+    return keys | {"size": size, "resample": _FILTERS[resize.interpolation]}
 
 
 def _size(size: Sequence[int]) -> dict[str, int]:

@@ -105,6 +105,13 @@ def test_what_is_no_idx_file(tmp_path, content):
         fashion_mnist.read_idx(tmp_path / "x")
 
 
+@pytest.mark.parametrize("broken", [lambda whole: whole[:-9], lambda whole: whole[:20] + b"\xff" * 9 + whole[29:]])
+def test_a_damaged_compressed_file_is_named(tmp_path, broken):
+    (tmp_path / "x.gz").write_bytes(broken(gzip.compress(idx(np.arange(200)))))
+    with pytest.raises(UserError, match=r"x.gz' cannot be decompressed: "):
+        fashion_mnist.read_idx(tmp_path / "x.gz")
+
+
 def test_images_of_another_size_are_refused(tmp_path):
     write(tmp_path / "downloads" / "manual" / "fashion_mnist", shape=(27, 28))
     with pytest.raises(UserError, match=r"an array \(7, 27, 28\)"):

@@ -124,6 +124,18 @@ def test_files_that_are_no_images_are_named_and_hidden_ones_are_not(read, tmp_pa
     assert not any(name in record.getMessage() for name in hidden)
 
 
+def test_links_are_followed_but_not_in_circles(read, tmp_path):
+    folder = tmp_path / "pets"
+    path = write(folder, FLAT)
+    write(tmp_path / "more", {"x.jpg": 9})
+    (folder / "cat" / "more").symlink_to(tmp_path / "more")
+    (folder / "cat" / "self").symlink_to(folder / "cat")
+    (folder / "cat" / "more" / "up").symlink_to(folder)
+    names = [example["file_name"] for example in read(path)]
+    assert len(names) == 5
+    assert "cat/more/x.jpg" in names
+
+
 def test_what_is_held_out_follows_from_the_content(read, tmp_path):
     files = {f"{'ab'[i % 2]}/{i}.jpg": i % 60 for i in range(80)}  # 20 images are there twice
     folder = write(tmp_path / "one", files)

@@ -121,6 +121,17 @@ def test_notes_that_cannot_be_read_are_no_matter():
     assert image.decode(content, 3).shape == (16, 16, 3)
 
 
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_means_none_turns_neither_the_image_nor_its_window(orientation):
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    content = encoded(smooth(30, 60), "JPEG", exif=exif)
+    plain = image.decode(encoded(smooth(30, 60), "JPEG"), 3)
+    np.testing.assert_array_equal(image.decode(content, 3), plain)
+    whole = image.DecodeRandomResizedCrop((30, 60), (1, 1), (2, 2))({"image": content}, rng())
+    np.testing.assert_array_equal(whole["image"], plain)
+
+
 @pytest.fixture(params=[False, True], ids=["", "allowed_elsewhere"])
 def truncated_images_allowed(request, monkeypatch):
     monkeypatch.setattr(PIL.ImageFile, "LOAD_TRUNCATED_IMAGES", request.param)  # TFDS does so
@@ -467,6 +478,13 @@ def test_a_broken_image_ends_training_by_name():
     dataset = Dataset(examples(records), ("image",), (image.Decode(), image.Normalize()), batch_size=2)
     with pytest.raises(UserError, match=r"'2.png' cannot be decoded"):
         first(dataset.batches(), 4)
+
+
+def test_images_of_several_sizes_make_no_batch():
+    records = [{"image": noise(8, 8)}, {"image": noise(8, 9)}]
+    dataset = Dataset(examples(records), ("image",), (image.Decode(), image.Normalize()), batch_size=2)
+    with pytest.raises(UserError, match=r"'image' of one shape, not of \[8, 8, 3\] and \[8, 9, 3\]; resize or crop"):
+        next(dataset.epoch())
 
 
 # --- against torchvision --------------------------------------------------------------------------

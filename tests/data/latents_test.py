@@ -46,6 +46,7 @@ def test_files_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match=r"train' has no latents.npy; see research/data/latents.py"):
         latents(str(tmp_path))
     write(tmp_path / "l", np.zeros((3, 4, 4, 1)), np.zeros(3, int))
-    (tmp_path / "l" / "train" / "latents.npy").write_bytes(b"no array")
-    with pytest.raises(UserError, match=r"latents.npy' is no array"):
-        latents(str(tmp_path / "l"))
+    for content in (b"no array", b""):
+        (tmp_path / "l" / "train" / "latents.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"latents.npy' is no array"):
+            latents(str(tmp_path / "l"))

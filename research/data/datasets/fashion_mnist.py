@@ -7,6 +7,7 @@ Debian package dataset-fashion-mnist, or the address that TFDS knows.
 
 import gzip
 import pathlib
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,7 +103,10 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     """Returns the array of unsigned bytes in an idx file, compressed or not; raises UserError where it holds none."""
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:  # of a copy or a download that was cut off, say
+            raise UserError(f"'{path}' cannot be decompressed: {error}") from None
     dimensions = content[3] if content[:3] == b"\x00\x00\x08" else 0
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
     if not dimensions or len(content) != 4 + 4 * dimensions + np.prod(shape):
