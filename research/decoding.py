@@ -36,7 +36,7 @@ class Decoding:
       num_beams: K of beam search; 1 for none.
       length_penalty: a finished beam's log-probability is divided by its length to this power.
       early_stopping: end when K beams have finished; else when no running one, at its present length, beats them.
-      stop: texts that end the output, and are no part of it.
+      stop: texts, or special tokens by their names, that end the output, and are no part of it.
       decoder_start_id: what an encoder-decoder's output begins with; None for the padding token, T5's and Marian's.
       bos: whether a prompt is put after the token that begins a text, as `data.language.CausalTokens` does.
       chat: whether a prompt is a user's turn, to be put into the tokenizer's chat template.

@@ -47,6 +47,17 @@ def test_an_end_token_ends_the_text():
     assert completion(BYTES, [*ids("ab"), BYTES.eos_id, *ids("c")]) == "ab"
 
 
+def test_a_special_token_may_be_a_stop_text():
+    end = BYTES.backend.token_to_id("[MASK]")
+    assert completion(BYTES, [*ids("ab"), end, *ids("c")]) == "abc"
+    assert completion(BYTES, [*ids("ab"), end, *ids("c")], ("[MASK]",)) == "ab"
+    assert completion(BYTES, [*ids("abc"), end], ("[MASK]", "b")) == "a"
+    detokenizer = Detokenizer(BYTES, ("[MASK]", "abc"))
+    assert [detokenizer.add([id]) for id in (*ids("xab"), end)] == ["x", "", "", "ab"]
+    assert detokenizer.ended
+    assert detokenizer.add(ids("more")) == detokenizer.close() == ""
+
+
 def test_the_space_after_the_prompt():
     trained = tokenizer.train([{"text": "some words and more words"}] * 3, kind="unigram", vocab_size=40)
     prompt, rest = (trained.backend.encode(t, add_special_tokens=False).ids for t in ("some words", "and more words"))
