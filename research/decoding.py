@@ -40,6 +40,7 @@ class Decoding:
       decoder_start_id: what an encoder-decoder's output begins with; None for the padding token, T5's and Marian's.
       bos: whether a prompt is put after the token that begins a text, as `data.language.CausalTokens` does.
       chat: whether a prompt is a user's turn, to be put into the tokenizer's chat template.
+      prefix: what is put before every prompt, as `data.language.Seq2Seq` does with what it reads.
     """
 
     max_new_tokens: int = 64
@@ -55,6 +56,7 @@ class Decoding:
     decoder_start_id: int | None = None
     bos: bool = True
     chat: bool = False
+    prefix: str = ""
 
     def __post_init__(self):
         for name, least in {"max_new_tokens": 1, "num_beams": 1, "temperature": 0, "top_k": 0}.items():
