@@ -40,9 +40,10 @@ class Detokenizer:
         self._ids.extend(ids[:place])
         last |= place < len(ids)
         text = self._tokenizer.decode(self._ids)
-        found = [start for stop in self._stop if (start := text.find(stop, self._shown)) >= 0]
+        # Of several the one that is whole first, as when tokens come one by one.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop, self._shown)) >= 0]
         self.ended = bool(found) or place < len(ids)
-        end = min(found) if found else len(text) if last else self._certain(text)
+        end = min(found)[1] if found else len(text) if last else self._certain(text)
         new, self._shown = text[self._shown : end], max(self._shown, end)
         return new
 

@@ -29,6 +29,12 @@ def test_pieces_make_the_text_before_the_first_stop(stop):
     assert detokenizer.add(ids("more")) == ("" if detokenizer.ended else "more")
 
 
+@pytest.mark.parametrize("stop", [("b", "abcd"), ("abcd", "bc", "cd"), ("ab", "b"), ("abcx", "d", "cde")])
+def test_of_stops_that_overlap_the_same_one_counts_however_tokens_come(stop):
+    detokenizer = Detokenizer(BYTES, stop)
+    assert "".join(detokenizer.add([id]) for id in ids("xabcde")) == completion(BYTES, ids("xabcde"), stop)
+
+
 def test_text_is_held_back_no_longer_than_it_must_be():
     detokenizer = Detokenizer(BYTES, ("abc",))
     assert [detokenizer.add(ids(letter)) for letter in "xababd"] == ["x", "", "", "ab", "", "abd"]
