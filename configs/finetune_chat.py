@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=500, keep=2)
     config.log = dict(every_steps=10, evaluate_every_steps=0)
-    config.decoding = dict(max_new_tokens=256, chat=True)
+    config.decoding = dict(max_new_tokens=256, chat=True, stop=("<|im_end|>",))  # the end of a turn in ChatML
     return choose(variant, VARIANTS, config)
 
 

@@ -83,7 +83,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=500, keep=2)
     config.log = dict(every_steps=50, evaluate_every_steps=0)
-    config.decoding = dict(num_beams=4, length_penalty=1.0, max_new_tokens=decoder_max_length)
+    config.decoding = dict(num_beams=4, length_penalty=1.0, max_new_tokens=decoder_max_length, prefix=prefix)
     return choose(variant, VARIANTS, config)
 
 

@@ -27,7 +27,7 @@ DECODER = ("decoder_input_ids", "decoder_attention_mask", "targets", "target_mas
 
 def get_config(variant: str = "") -> ConfigDict:
     path = FieldReference("hf://google-t5/t5-small")
-    max_length, decoder_max_length = FieldReference(512), FieldReference(128)
+    max_length, decoder_max_length, prefix = FieldReference(512), FieldReference(128), FieldReference("summarize: ")
 
     def data(split: str, features: tuple[str, ...]) -> dict:
         return dict(
@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
                     call="research.data.language.Seq2Seq",
                     source="article",
                     target="highlights",
-                    prefix="summarize: ",
+                    prefix=prefix,
                     max_length=max_length,
                     decoder_max_length=decoder_max_length,
                 )
@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=500, keep=2)
     config.log = dict(every_steps=50, evaluate_every_steps=0)
-    config.decoding = dict(num_beams=4, length_penalty=0.6, max_new_tokens=decoder_max_length)
+    config.decoding = dict(num_beams=4, length_penalty=0.6, max_new_tokens=decoder_max_length, prefix=prefix)
     return choose(variant, VARIANTS, config)
 
 

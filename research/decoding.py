@@ -36,10 +36,11 @@ class Decoding:
       num_beams: K of beam search; 1 for none.
       length_penalty: a finished beam's log-probability is divided by its length to this power.
       early_stopping: end when K beams have finished; else when no running one, at its present length, beats them.
-      stop: texts that end the output, and are no part of it.
+      stop: texts, or special tokens by their names, that end the output, and are no part of it.
       decoder_start_id: what an encoder-decoder's output begins with; None for the padding token, T5's and Marian's.
       bos: whether a prompt is put after the token that begins a text, as `data.language.CausalTokens` does.
       chat: whether a prompt is a user's turn, to be put into the tokenizer's chat template.
+      prefix: what is put before every prompt, as `data.language.Seq2Seq` does with what it reads.
     """
 
     max_new_tokens: int = 64
@@ -55,6 +56,7 @@ class Decoding:
     decoder_start_id: int | None = None
     bos: bool = True
     chat: bool = False
+    prefix: str = ""
 
     def __post_init__(self):
         for name, least in {"max_new_tokens": 1, "num_beams": 1, "temperature": 0, "top_k": 0}.items():
@@ -105,7 +107,8 @@ def generate(
       rows_B: int [B]. A sample is a function of `rng`, this number and the prompt; 0, 1, ... where it is left out.
 
     Returns:
-      the end token, where there is one, is followed by padding.
+      the end token, where there is one, is followed by padding; so is the last token that the model, if its positions
+      are learned, has one for.
     """
     if decoding.num_beams > 1:
         return beam_search(model, params, batch, decoding, tokenizer)[0][:, 0]
@@ -148,6 +151,8 @@ class Sampler:
         logits_BxV, state = prefill(self.model, params, batch, self.decoding, self.pad_id)
         carry = {"state": state, "keys": keys_B, "count": jnp.int32(0)}
         carry["finished"] = jnp.zeros(len(logits_BxV), bool)
+        if (room_B := _room(self.model, batch)) is not None:
+            carry["room"] = room_B
         if self.decoding.repetition_penalty != 1:
             carry["seen"] = _seen(batch, state, self.decoding, self.pad_id, logits_BxV.shape[-1])
         return self._choose(logits_BxV, carry)
@@ -169,6 +174,8 @@ class Sampler:
         token_B = jnp.where(carry["finished"], self.pad_id, token_B).astype(jnp.int32)
         if self.eos_id is not None:
             carry["finished"] |= token_B == self.eos_id
+        if "room" in carry:
+            carry["finished"] |= carry["count"] + 1 >= carry["room"]
         if "seen" in carry:
             carry["seen"] = carry["seen"].at[jnp.arange(len(token_B)), token_B].set(True)
         return token_B, carry | {"count": carry["count"] + 1}
@@ -235,7 +242,7 @@ def beam_search(
     logits, state = jax.tree.map(
         lambda x: jnp.repeat(x, decoding.num_beams, axis=0) if x.ndim else x, (logits_BxV, state)
     )
-    beams = search.expand(search.start(len(logits_BxV), state, seen), logits)
+    beams = search.expand(search.start(len(logits_BxV), state, seen, _room(model, batch)), logits)
 
     def step(beams: dict[str, Any]) -> dict[str, Any]:
         logits, state = advance(model, params, beams["state"], beams["token"])
@@ -253,13 +260,14 @@ class _BeamSearch:
     eos_id: int | None
     pad_id: int
 
-    def start(self, count: int, state: State, seen: jax.Array | None) -> dict[str, Any]:
+    def start(self, count: int, state: State, seen: jax.Array | None, room_B: jax.Array | None) -> dict[str, Any]:
         """Returns the beams of `count` prompts; all but the first one of each count for nothing."""
         beams, length = self.decoding.num_beams, self.decoding.max_new_tokens
         tokens_BxKxN = jnp.full((count, beams, length), self.pad_id, jnp.int32)
         least_BxK = jnp.full((count, beams), LEAST)
         return {
             "count": jnp.int32(0),
+            "most": jnp.full(count, length) if room_B is None else jnp.minimum(room_B, length),
             "state": state,
             "token": jnp.zeros(count * beams, jnp.int32),
             "tokens": tokens_BxKxN,
@@ -278,7 +286,8 @@ class _BeamSearch:
     def expand(self, beams: dict[str, Any], logits: jax.Array) -> dict[str, Any]:
         """Adds a token to the beams, whose next logits are [B * K, V]; twice as many candidates are looked at."""
         (count, width), settings, i = beams["scores"].shape, self.decoding, beams["count"]
-        scores = jax.nn.log_softmax(logits)
+        past_B = i >= beams["most"]  # their logits may be NaN, which a search takes for the best of all
+        scores = jax.nn.log_softmax(jnp.where(jnp.repeat(past_B, width)[:, None], 0.0, logits))
         if "seen" in beams:
             scores = penalise(scores, beams["seen"], settings.repetition_penalty)
         vocab_size = scores.shape[-1]
@@ -286,7 +295,7 @@ class _BeamSearch:
         scores_BxC, index_BxC = jax.lax.top_k(scores_BxKV, 2 * width)
         parent_BxC, token_BxC = index_BxC // vocab_size, (index_BxC % vocab_size).astype(jnp.int32)
         tokens_BxCxN = _take(beams["tokens"], parent_BxC).at[:, :, i].set(token_BxC)
-        ended_BxC = jnp.broadcast_to(i + 1 == settings.max_new_tokens, token_BxC.shape)
+        ended_BxC = jnp.broadcast_to((i + 1 >= beams["most"])[:, None], token_BxC.shape)
         if self.eos_id is not None:
             ended_BxC |= token_BxC == self.eos_id
         scores_BxK, chosen_BxK = jax.lax.top_k(scores_BxC + ended_BxC * LEAST, width)
@@ -415,6 +424,15 @@ def _seen(batch: Batch, state: State, decoding: Decoding, pad_id: int, vocab_siz
     real_BxT = batch["attention_mask"] != 0 if "attention_mask" in batch else jnp.ones(ids_BxT.shape, bool)
     rows_Bx1 = jnp.arange(len(ids_BxT))[:, None]
     return jnp.zeros((len(ids_BxT), vocab_size), bool).at[rows_Bx1, ids_BxT].max(real_BxT)
+
+
+def _room(model: nn.Module, batch: Batch) -> jax.Array | None:
+    """Returns how many tokens, int32 [B], a decoder may generate; None where its positions have no end."""
+    if getattr(model, "positions", None) != "learned":
+        return None
+    ids_BxT = batch["input_ids"]
+    mask_BxT = batch["attention_mask"] != 0 if "attention_mask" in batch else jnp.ones(ids_BxT.shape, bool)
+    return model.max_positions + 1 - mask_BxT.sum(axis=1, dtype=jnp.int32)  # the last token is not read any more
 
 
 def _ids(tokenizer: Tokenizer | None) -> tuple[int | None, int]:

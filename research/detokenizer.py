@@ -20,6 +20,8 @@ class Detokenizer:
         """Begins after the tokens of `prompt`, which may decide whether the text begins with a space."""
         self.ended = False
         self._tokenizer, self._stop, self._ids = tokenizer, tuple(stop), [int(id) for id in prompt]
+        # A special token, such as the end of a turn, is no text: it is never found in what is decoded.
+        self._ends = {tokenizer.backend.token_to_id(text) for text in stop} & (tokenizer.special_ids if stop else set())
         self._shown = len(tokenizer.decode(self._ids)) if self._ids else 0
 
     def add(self, tokens: Sequence[int]) -> str:
@@ -33,11 +35,15 @@ class Detokenizer:
     def _advance(self, tokens: Sequence[int], last: bool) -> str:
         if self.ended:
             return ""
-        self._ids.extend(int(id) for id in tokens)
+        ids = [int(id) for id in tokens]
+        place = next((i for i, id in enumerate(ids) if id in self._ends), len(ids))
+        self._ids.extend(ids[:place])
+        last |= place < len(ids)
         text = self._tokenizer.decode(self._ids)
-        found = [place for stop in self._stop if (place := text.find(stop, self._shown)) >= 0]
-        self.ended = bool(found)
-        end = min(found) if found else len(text) if last else self._certain(text)
+        # Of several the one that is whole first, as when tokens come one by one.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop, self._shown)) >= 0]
+        self.ended = bool(found) or place < len(ids)
+        end = min(found)[1] if found else len(text) if last else self._certain(text)
         new, self._shown = text[self._shown : end], max(self._shown, end)
         return new
 

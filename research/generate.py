@@ -145,13 +145,14 @@ def _encode(
     Args:
       tokenizer: of the run.
       fields: "prompt" or "messages".
-      settings: whether it is a user's turn, and whether a token comes before it.
+      settings: what comes before it, and whether it is a user's turn.
       source: whether it is for an encoder; then it ends with the end token, as `data.language.Seq2Seq` has it.
     """
-    messages = fields.get("messages")
+    messages, prompt = fields.get("messages"), fields.get("prompt", "")
+    prompt = settings.prefix + prompt if prompt else ""
     if messages is None and settings.chat:
-        messages = [{"role": "user", "content": fields["prompt"]}]
-    text = fields["prompt"] if messages is None else tokenizer.chat(messages, add_generation_prompt=True)
+        messages = [{"role": "user", "content": prompt}]
+    text = prompt if messages is None else tokenizer.chat(messages, add_generation_prompt=True)
     ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
     if not ids:
         raise UserError("the prompt is empty")

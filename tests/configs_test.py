@@ -363,8 +363,8 @@ def write_table(path, columns, rows=40):
     return str(path)
 
 
-def overridden(*changes):
-    config = overrides.load(str(FOLDER / "finetune_text.py"))
+def overridden(*changes, name="finetune_text"):
+    config = overrides.load(str(FOLDER / f"{name}.py"))
     overrides.apply(config, [tuple(change.split("=", 1)) for change in changes])
     return config
 
@@ -418,6 +418,15 @@ def test_what_follows_can_still_be_overridden(offline):
     assert config.evals.test.scores == ("matthews",)
     assert len(build(config.data.source, "config.data.source")) == 20
     assert len(build(config.evals.test.data.source, "config.evals.test.data.source")) == 20
+
+
+@pytest.mark.parametrize("name", ["finetune_seq2seq", "summarize_cnn_dailymail"])
+def test_a_prompt_gets_the_prefix_that_was_trained_with(name):
+    for changes in ([], ["data.ops[0].prefix=to German: "]):
+        config = json.loads(overridden(*changes, name=name).to_json())
+        used = {node["ops"][0]["prefix"] for node in (config["data"], config["evals"]["test"]["data"])}
+        assert used == {config["decoding"]["prefix"]}
+    assert used == {"to German: "}
 
 
 def test_values_from_the_command_line(offline):

@@ -327,6 +327,17 @@ def test_room():
     decoding.check_room(MODELS["llama"], 10**6, Decoding())
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_output_ends_with_the_positions(beams):
+    """What comes after them would be made of the table's NaN."""
+    end, most = type("End", (), {"eos_id": None, "pad_id": 2}), 32 + 1 - LENGTHS[0]
+    found = generated("gpt2", Decoding(max_new_tokens=40, num_beams=beams), prompts(), end)
+    short = generated("gpt2", Decoding(max_new_tokens=most, num_beams=beams), prompts(), end)
+    np.testing.assert_array_equal(found[0, :most], short[0])
+    for row, length in zip(found, LENGTHS):
+        assert (row[32 + 1 - length :] == 2).all()
+
+
 def test_padding_to_few_lengths():
     batch = decoding.pad([[7] * 3, [8] * 17], pad_id=2)
     assert batch["input_ids"].shape == (2, 32)

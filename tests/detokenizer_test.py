@@ -29,6 +29,12 @@ def test_pieces_make_the_text_before_the_first_stop(stop):
     assert detokenizer.add(ids("more")) == ("" if detokenizer.ended else "more")
 
 
+@pytest.mark.parametrize("stop", [("b", "abcd"), ("abcd", "bc", "cd"), ("ab", "b"), ("abcx", "d", "cde")])
+def test_of_stops_that_overlap_the_same_one_counts_however_tokens_come(stop):
+    detokenizer = Detokenizer(BYTES, stop)
+    assert "".join(detokenizer.add([id]) for id in ids("xabcde")) == completion(BYTES, ids("xabcde"), stop)
+
+
 def test_text_is_held_back_no_longer_than_it_must_be():
     detokenizer = Detokenizer(BYTES, ("abc",))
     assert [detokenizer.add(ids(letter)) for letter in "xababd"] == ["x", "", "", "ab", "", "abd"]
@@ -45,6 +51,17 @@ def test_bytes_that_are_no_text_come_at_the_end():
 
 def test_an_end_token_ends_the_text():
     assert completion(BYTES, [*ids("ab"), BYTES.eos_id, *ids("c")]) == "ab"
+
+
+def test_a_special_token_may_be_a_stop_text():
+    end = BYTES.backend.token_to_id("[MASK]")
+    assert completion(BYTES, [*ids("ab"), end, *ids("c")]) == "abc"
+    assert completion(BYTES, [*ids("ab"), end, *ids("c")], ("[MASK]",)) == "ab"
+    assert completion(BYTES, [*ids("abc"), end], ("[MASK]", "b")) == "a"
+    detokenizer = Detokenizer(BYTES, ("[MASK]", "abc"))
+    assert [detokenizer.add([id]) for id in (*ids("xab"), end)] == ["x", "", "", "ab"]
+    assert detokenizer.ended
+    assert detokenizer.add(ids("more")) == detokenizer.close() == ""
 
 
 def test_the_space_after_the_prompt():

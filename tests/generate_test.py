@@ -134,6 +134,10 @@ def test_how_a_prompt_is_framed():
     assert framed(prompt, source=True) == ("hi[SEP]", "")
     messages = [{"role": "user", "content": "hi"}]
     assert framed(prompt, chat=True) == framed({"messages": messages}) == (bytes_.chat(messages, True), "")
+    assert framed(prompt, source=True, prefix="say: ") == ("say: hi[SEP]", "")
+    assert framed({"messages": messages}, prefix="say: ") == (bytes_.chat(messages, True), "")
+    with pytest.raises(UserError, match="the prompt is empty"):
+        framed({"prompt": ""}, prefix="say: ")
 
 
 def test_published_weights_need_no_run(tmp_path, capsys):

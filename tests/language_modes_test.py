@@ -87,6 +87,18 @@ def test_causal_language_models_say_how_likely_a_text_is(tmp_path):
     assert likely["perplexity"] < unlikely["perplexity"] / 2
 
 
+def test_an_answer_ends_where_its_turn_does(tmp_path, capsys):
+    """Without a template turns are ChatML's, whose end the tokenizer need not know as the end of a text."""
+    flags = ["--config.num_steps=150", "--config.log.evaluate_every_steps=0", "--config.decoding.max_new_tokens=60"]
+    assert main.main([f"--config={CONFIGS}/finetune_chat.py:tiny", f"--workdir={tmp_path}/run", *flags]) == 0
+    capsys.readouterr()
+    assert main.main(["--mode=generate", f"--workdir={tmp_path}/run", "--prompt=sky: red?"]) == 0
+    answer = capsys.readouterr().out
+    assert answer.startswith("sky is ")
+    assert answer.endswith(".\n")
+    assert "<|im" not in answer
+
+
 @pytest.mark.parametrize("config", ["libreoffice_translation.py:tiny", "chat_translation.py:tiny"])
 def test_texts_that_are_written(config, tmp_path):
     trained(config, tmp_path / "run")

@@ -143,7 +143,7 @@ class Dataset:
         # Endless but for a length that Grain can still count in windows of one example.
         indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
         indices = indices.repeat(2**62 // len(self.source))
-        part = indices[jax.process_index() :: jax.process_count()]
+        part = self._examples(indices)[jax.process_index() :: jax.process_count()]
         return self._iterate(part, self.batch_size // jax.process_count(), train=True)
 
     def epoch(self) -> Iterator[dict[str, np.ndarray]]:
@@ -154,11 +154,12 @@ class Dataset:
         process, local = jax.process_index(), self.batch_size // jax.process_count()
         if self._one_to_one:
             rows = math.ceil(len(self.source) / self.batch_size) * self.batch_size
-            indices = grain.MapDataset.source(range(rows))[process :: jax.process_count()]
-            return self._iterate(indices, local, train=False)
+            part = self._examples(grain.MapDataset.source(range(rows)))[process :: jax.process_count()]
+            return self._iterate(part, local, train=False)
         # How many rows there are shows when they are made: every process makes all, and takes its own of each batch.
         own = slice(process * local, (process + 1) * local)
-        return self._iterate(grain.MapDataset.source(range(len(self.source))), self.batch_size, train=False, own=own)
+        every = self._examples(grain.MapDataset.source(range(len(self.source))))
+        return self._iterate(every, self.batch_size, train=False, own=own)
 
     def rows(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Yields batches of the user's own examples, in order and not packed together (one process only).
@@ -174,15 +175,20 @@ class Dataset:
                 batch = self._collate(rows, self._bucket(rows), partial=True)
             yield [i for i, _ in part], batch
 
-    def _iterate(
-        self, indices: grain.MapDataset, size: int, train: bool, own: slice = slice(None)
-    ) -> grain.DatasetIterator:
-        """Reads, transforms and batches the examples at `indices`; those beyond the source are fillers.
+    def _examples(self, indices: grain.MapDataset) -> grain.MapDataset:
+        """Reads and transforms the examples at `indices`; those beyond the source are fillers.
 
-        Batches are of `size` rows, of which this process takes its `own`.
+        What is drawn depends on the place in `indices`: processes take their parts of what this returns, as they would
+        all draw the same otherwise.
         """
+        return indices.seed(self.seed).random_map(self._read)
+
+    def _iterate(
+        self, examples: grain.MapDataset, size: int, train: bool, own: slice = slice(None)
+    ) -> grain.DatasetIterator:
+        """Makes batches of `size` rows, of which this process takes its `own`."""
         _ = self._lengths  # measured once, before there are threads
-        windows = indices.seed(self.seed).random_map(self._read).batch(self._window_examples(size), batch_fn=list)
+        windows = examples.batch(self._window_examples(size), batch_fn=list)
         cut = functools.partial(self._cut_packed if self.pack else self._cut_sorted, size=size, train=train, own=own)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 if self.padding else 4)
         batches = windows.map_with_index(cut).to_iter_dataset(options)

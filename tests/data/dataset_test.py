@@ -155,6 +155,26 @@ def test_random_ops_are_a_function_of_seed_and_position():
     assert len(np.unique(drawn(0))) == drawn(0).size  # also the second epoch draws anew
 
 
+@pytest.mark.parametrize("iterate", [Dataset.batches, Dataset.epoch])
+def test_what_is_drawn_does_not_depend_on_the_number_of_processes(iterate, monkeypatch):
+    def noise(example, rng):
+        return {"noise": np.float32(rng.random()), "id": example["id"]}
+
+    def drawn(processes):
+        found = {}
+        for process in range(processes):
+            monkeypatch.setattr(jax, "process_count", lambda: processes)
+            monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+            batches = iterate(Dataset(make_source(16), ("noise", "id"), (noise,), batch_size=4))
+            for batch in itertools.islice(batches, 4):
+                found |= dict(zip(batch["id"].tolist(), batch["noise"].tolist()))
+        return found
+
+    alone = drawn(1)
+    assert len(set(alone.values())) == 16
+    assert drawn(2) == alone
+
+
 def windows(example):
     """Cuts an example into windows of 5 tokens; there may be none."""
     tokens = example["tokens"]
