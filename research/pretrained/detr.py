@@ -25,7 +25,6 @@ _TIMM = {
 }
 _STAGES, _BLOCKS = 4, 36  # the most that any of them has
 _BACKBONE = "model.backbone.conv_encoder.model."
-_KERNEL = Layout(lambda x: [x.transpose(2, 3, 1, 0)], lambda x: x.transpose(3, 2, 0, 1))
 _POINTWISE = Layout(lambda x: [x[:, :, 0, 0].T], lambda x: x.T[:, :, np.newaxis, np.newaxis])
 
 
@@ -143,7 +142,7 @@ def _conv(ours: str, ours_norm: str, theirs: str) -> list[Tensor]:
     """A convolution and its frozen norm."""
     names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
     norm = [Tensor((f"{ours_norm}/{one}",), f"{theirs}.normalization.{other}") for one, other in names.items()]
-    return [Tensor((f"{ours}/kernel",), f"{theirs}.convolution.weight", _KERNEL), *norm]
+    return [Tensor((f"{ours}/kernel",), f"{theirs}.convolution.weight", family.CONVOLUTION), *norm]
 
 
 def _block(stage: int, number: int) -> list[Tensor]:

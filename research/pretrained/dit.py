@@ -10,7 +10,7 @@ from typing import Any
 from research.errors import UserError, nearest
 from research.models import dit
 from research.pretrained import family
-from research.pretrained.family import Computed, Family, Key, Kind, Layout, Tensor
+from research.pretrained.family import Computed, Family, Key, Kind, Tensor
 
 _LAYER = "transformer_blocks.{}."
 _EMBEDDINGS = _LAYER + "norm1.emb."
@@ -63,9 +63,6 @@ def _shared(ours: str, theirs: str) -> list[Tensor]:
     ]
 
 
-# PyTorch keeps the kernel of a convolution as [out, in, height, width].
-_CONVOLUTION = Layout(lambda x: [x.transpose(2, 3, 1, 0)], lambda x: x.transpose(3, 2, 0, 1))
-
 FAMILY = Family(
     prefix="",
     kinds={
@@ -93,7 +90,7 @@ FAMILY = Family(
         )
     },
     tensors=[
-        Tensor(("patches/kernel",), "pos_embed.proj.weight", _CONVOLUTION),
+        Tensor(("patches/kernel",), "pos_embed.proj.weight", family.CONVOLUTION),
         Tensor(("patches/bias",), "pos_embed.proj.bias"),
         *_shared("time/up", "timestep_embedder.linear_1"),
         *_shared("time/down", "timestep_embedder.linear_2"),

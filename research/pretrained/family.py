@@ -162,6 +162,8 @@ class Layout:
 
 SAME = Layout(lambda x: [x], lambda x: x)
 TRANSPOSED = Layout(lambda x: [x.T], lambda x: x.T)
+# Kernels of convolutions: [out, in, rows, columns] of theirs, [rows, columns, in, out] of ours.
+CONVOLUTION = Layout(lambda x: [x.transpose(2, 3, 1, 0)], lambda x: x.transpose(3, 2, 0, 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,6 @@ from research.pretrained.family import Computed, Family, Key, Kind, Layout, Tens
 
 _ROW = Layout(lambda x: [x[0]], lambda x: x[None])  # [1, ...] of theirs
 _TOKEN = Layout(lambda x: [x[0, 0]], lambda x: x[None, None])
-# [out, in, rows, columns] of theirs, [rows, columns, in, out] of ours.
-_CONVOLUTION = Layout(lambda x: [x.transpose(2, 3, 1, 0)], lambda x: x.transpose(3, 2, 0, 1))
 
 
 def side(name: str, default: int) -> Computed:
@@ -58,7 +56,7 @@ def embedding_tensors(prefix: str, tokens: tuple[str, ...]) -> list[Tensor]:
     return [
         Tensor(("encoder/prefix",), f"{start}{{}}_token", _TOKEN, numbers=tokens),
         Tensor(("encoder/position",), f"{start}position_embeddings", _ROW),
-        Tensor((f"{patches}/kernel",), f"{start}patch_embeddings.projection.weight", _CONVOLUTION),
+        Tensor((f"{patches}/kernel",), f"{start}patch_embeddings.projection.weight", family.CONVOLUTION),
         Tensor((f"{patches}/bias",), f"{start}patch_embeddings.projection.bias"),
     ]
 

@@ -44,8 +44,6 @@ _DECODER_KEYS = {
     "mask_ratio": Key("mask_ratio", 0.75, free=True),
     "normalize_targets": Key("norm_pix_loss", False, free=True),
 }
-# [D, C, rows, columns] of theirs, [rows, columns, C, D] of ours.
-_KERNEL = Layout(lambda x: [x.transpose(2, 3, 1, 0)], lambda x: x.transpose(3, 2, 0, 1))
 _TOKEN = Layout(lambda x: [x[0]], lambda x: x[None])
 _FLAT_TOKEN = Layout(lambda x: [x[0, 0]], lambda x: x[None, None])
 
@@ -69,7 +67,7 @@ def _encoder(ours: str) -> list[Tensor]:
     patches = "vit.embeddings.patch_embeddings.projection"
     return [
         Tensor((f"{ours}prefix",), "vit.embeddings.cls_token", _TOKEN),
-        Tensor((f"{ours}patches/kernel",), f"{patches}.weight", _KERNEL),
+        Tensor((f"{ours}patches/kernel",), f"{patches}.weight", family.CONVOLUTION),
         Tensor((f"{ours}patches/bias",), f"{patches}.bias"),
         *_blocks(f"{ours}layers", "vit.encoder.layer.{}"),
         *family.norm(f"{ours}norm", "vit.layernorm"),
