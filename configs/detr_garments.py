@@ -2,6 +2,7 @@
 
 Scenes of 96 x 96 grey pixels show one to five pictures of Fashion-MNIST (Xiao 2017), of ten kinds, on textured
 backgrounds; see research/data/datasets/garment_scenes.py. Test scenes show garments that no training scene has.
+The model takes three equal channels and asks sixteen times, so that detr_deepforest.py can begin with what it learns.
 No publication reports these scenes. Expected and reached: see experiments/detr_garments.
 Hardware: one CPU core. Variants: tiny, which needs neither network nor files and takes seconds.
 """
@@ -23,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
         model=dict(
             call="research.models.detr.Detr",
             num_outputs=10,
-            num_queries=12,
+            num_queries=16,
             hidden_size=128,
             num_layers=2,
             num_decoder_layers=3,
@@ -40,7 +41,6 @@ def get_config(variant: str = "") -> ConfigDict:
                 stem_width=32,
                 stem_stride=4,
                 stem_pool=False,
-                num_channels=1,
                 norm="group",
             ),
         ),
@@ -63,7 +63,7 @@ def data(split: str, train: bool = False) -> dict:
         call="research.data.dataset.Dataset",
         source=dict(call="research.data.source.tfds", dataset="garment_scenes", split=split),
         ops=[
-            dict(call="research.data.image.Decode", channels=1),
+            dict(call="research.data.image.Decode", channels=3),
             *augment,
             dict(call="research.data.image.Normalize", mean=[0.3], std=[0.2]),
             dict(call="research.data.boxes.Targets", size=SIZE, max_boxes=5),
@@ -75,7 +75,7 @@ def data(split: str, train: bool = False) -> dict:
 def tiny(config: ConfigDict) -> ConfigDict:
     config.task.model.update(hidden_size=32, num_layers=1, num_decoder_layers=2, num_heads=2, intermediate_size=64)
     config.task.model.backbone.update(stem_width=16, widths=[16, 32])
-    return tiny_images(config, size=SIZE, channels=1, objects=3)
+    return tiny_images(config, size=SIZE, objects=3)
 
 
 VARIANTS = {"": lambda config: config, "tiny": tiny}

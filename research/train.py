@@ -75,7 +75,7 @@ class _Loop:
         self.experiment, self.workdir, self.checkpoints, self.preemption = experiment, workdir, checkpoints, preemption
         # Resume this run, else start from pretrained weights, else from scratch.
         restored = checkpoints.restore(experiment.abstract_state)
-        self.state, extras = restored or (_start(experiment), {})
+        self.state, extras = restored or (start(experiment), {})
         self.step = int(self.state.step)
         record.note(resumed_from=self.step if restored else None)
         self.batches = experiment.data.batches()
@@ -92,12 +92,7 @@ class _Loop:
             self.progress.line(f"resumed from step {self.step}")
         self.compiled: dict[Any, Any] = {}
         self.mark = 0.0
-        shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
-        self.jitted = jax.jit(
-            functools.partial(train_step, experiment.task, experiment.optimizer),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(experiment.mesh)),
-        )
+        self.jitted = jit_step(experiment)
 
     def run(self) -> dict[str, Any]:
         self.lap()
@@ -228,7 +223,17 @@ class _Loop:
         return result
 
 
-def _start(experiment: Experiment) -> TrainState:
+def jit_step(experiment: Experiment) -> Any:
+    """Returns the training step, (state, batch) -> (state, metrics), to be compiled; the state stays where it is."""
+    shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
+    return jax.jit(
+        functools.partial(train_step, experiment.task, experiment.optimizer),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(experiment.mesh)),
+    )
+
+
+def start(experiment: Experiment) -> TrainState:
     """Returns a new state, each array made where it lives; its parameters are pretrained where there are weights."""
     shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
     loaded = experiment.pretrained()
