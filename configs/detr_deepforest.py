@@ -1,4 +1,7 @@
-"""Finds trees in aerial photographs by a small DETR (Carion 2020), trained from scratch on one photograph.
+"""Finds trees in aerial photographs by a small DETR (Carion 2020) that has learnt to find garments.
+
+It begins with the parameters of the run in runs/detr_garments/seed-0 (--config.init.path is another one), but for the
+head that tells kinds apart; `:scratch` begins with none.
 
 The data are the annotated images of the package deepforest (Weinstein 2019), cut into tiles of about 128 pixels; see
 research/data/datasets/deepforest.py. Trained on four fifths of one image of Yellowstone (some 450 trees), validated on
@@ -7,7 +10,8 @@ What this can show: that the same loop learns from photographs, with crowded ima
 how far so few trees carry. What it cannot: how good a detector of trees would be; published ones learn from thousands
 of annotated and millions of machine-made boxes, and DETR from 118,000 images after pretraining.
 Expected and reached: see experiments/detr_deepforest.
-Hardware: one CPU core. Variants: tiny, which needs neither network nor files and takes seconds.
+Hardware: one CPU core. Variants: scratch; tiny, which begins from scratch too, needs neither network nor files, and takes
+seconds.
 """
 
 from ml_collections import ConfigDict
@@ -48,13 +52,14 @@ def get_config(variant: str = "") -> ConfigDict:
             ),
         ),
     )
+    config.init = dict(call="research.transfer.load_params", path="runs/detr_garments/seed-0", new=("^class_head/",))
     config.data = data("train", train=True)
     config.evals = dict(
         validation=dict(call="research.evaluators.coco.Coco", data=data("validation"), pictures=0),
         test=dict(call="research.evaluators.coco.Coco", data=data("test"), pictures=8),
         other_sites=dict(call="research.evaluators.coco.Coco", data=data("other_sites"), pictures=8),
     )
-    config.optimizer = dict(learning_rate=5e-4, schedule="cosine", warmup=500, weight_decay=1e-4, clip_norm=0.1)
+    config.optimizer = dict(learning_rate=3e-4, schedule="cosine", warmup=200, weight_decay=1e-4, clip_norm=0.1)
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=1000, keep=2)
     config.log = dict(every_steps=50, evaluate_every_steps=1000)
@@ -83,6 +88,12 @@ def data(split: str, train: bool = False) -> dict:
     )
 
 
+def scratch(config: ConfigDict) -> ConfigDict:
+    config.init = None
+    config.optimizer.update(learning_rate=5e-4, warmup=500)
+    return config
+
+
 def tiny(config: ConfigDict) -> ConfigDict:
     config.task.model.update(hidden_size=32, num_layers=1, num_decoder_layers=2, num_heads=2, intermediate_size=64)
     config.task.model.update(num_queries=8)
@@ -98,4 +109,4 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return config
 
 
-VARIANTS = {"": lambda config: config, "tiny": tiny}
+VARIANTS = {"": lambda config: config, "scratch": scratch, "tiny": tiny}
