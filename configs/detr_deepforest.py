@@ -10,8 +10,8 @@ What this can show: that the same loop learns from photographs, with crowded ima
 how far so few trees carry. What it cannot: how good a detector of trees would be; published ones learn from thousands
 of annotated and millions of machine-made boxes, and DETR from 118,000 images after pretraining.
 Expected and reached: see experiments/detr_deepforest.
-Hardware: one CPU core. Variants: scratch; tiny, which begins from scratch too, needs neither network nor files, and takes
-seconds.
+Hardware: one CPU core. Variants: scratch; tiny, which begins from scratch too, needs neither network nor files, and
+takes seconds.
 """
 
 from ml_collections import ConfigDict

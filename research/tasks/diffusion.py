@@ -13,7 +13,7 @@ from research.errors import UserError
 from research.metrics import Mean
 from research.models.dit import DiT
 from research.task import Batch, Params, Spec
-from research.tasks import tokens
+from research.tasks import keys, tokens
 
 BOUND_WEIGHT = 1e-3  # lambda of Nichol 2021, equation 16
 
@@ -66,11 +66,11 @@ class Diffusion:
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
         """Returns the loss at random times, and its parts where it has two: "squared_error" and "bound"."""
         size = batch["label"].shape
-        keys = jax.random.split(rng, 4)
-        shares_B, noise = jax.random.uniform(keys[0], size), jax.random.normal(keys[1], batch["image"].shape)
-        dropped_B = jax.random.bernoulli(keys[2], self.label_dropout, size)
+        sharing, noising, dropping, dropout = jax.random.split(rng, 4)
+        shares_B, noise = jax.random.uniform(sharing, size), jax.random.normal(noising, batch["image"].shape)
+        dropped_B = jax.random.bernoulli(dropping, self.label_dropout, size)
         label_B = jnp.where(dropped_B, self.model.num_classes, self._known(batch["label"]))
-        parts = self._parts(params, batch["image"], label_B, shares_B, noise, {"dropout": keys[3]})
+        parts = self._parts(params, batch["image"], label_B, shares_B, noise, {"dropout": dropout})
         means = {name: Mean.of(values, batch["mask"]) for name, values in parts.items()}
         return means.pop("loss"), means
 
@@ -80,7 +80,7 @@ class Diffusion:
         The time and the noise of an image are a function of its pixels, the same at every evaluation.
         """
         image = batch["image"]
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), _digest(image))
+        keys_B = keys.of_images(jax.random.key(0), image)
         shares_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys_B)
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), image.shape[1:]))(keys_B)
         parts = self._parts(params, image, self._known(batch["label"]), shares_B, noise, {})
@@ -150,9 +150,3 @@ class Diffusion:
             return output, None
         said, variance = jnp.split(output, 2, axis=-1)
         return said, (variance + 1) / 2
-
-
-def _digest(image: jax.Array) -> jax.Array:
-    """Returns a number, uint32 [B], that tells an image from others."""
-    bits = jax.lax.bitcast_convert_type(image.astype(jnp.float32), jnp.uint32).reshape(image.shape[0], -1)
-    return (bits * (2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 1)).sum(axis=1, dtype=jnp.uint32)

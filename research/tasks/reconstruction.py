@@ -11,7 +11,7 @@ from research.metrics import Mean
 from research.models import vit
 from research.models.mae import MaskedAutoencoder
 from research.task import Batch, Params, Spec
-from research.tasks import tokens
+from research.tasks import keys, tokens
 
 EPSILON = 1e-6  # added to a patch's variance, as in the authors' code
 
@@ -109,10 +109,7 @@ class Reconstruction:
 
     def _noise(self, image_BxHxWxC: jax.Array, rng: jax.Array) -> jax.Array:
         """Returns numbers [B, N] in [0, 1), those of each image a function of the key and its pixels."""
-        bits = jax.lax.bitcast_convert_type(image_BxHxWxC.astype(jnp.float32), jnp.uint32)
-        bits_BxM = bits.reshape(bits.shape[0], -1)
-        numbers_B = (bits_BxM * (2 * jnp.arange(bits_BxM.shape[1], dtype=jnp.uint32) + 1)).sum(axis=1)
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers_B)
+        keys_B = keys.of_images(rng, image_BxHxWxC)
         return jax.vmap(lambda key: jax.random.uniform(key, (self._patches(image_BxHxWxC),)))(keys_B)
 
 

@@ -13,6 +13,20 @@ from workloads import CLIP_NORM, LEARNING_RATE, MASKED, WARM_STEPS, WEIGHT_DECAY
 
 def make(work: Workload) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     rng = np.random.default_rng(0)
+    if work.kind == "vit":
+        vit = transformers.ViTConfig(
+            image_size=work.image_size,
+            patch_size=work.patch_size,
+            num_channels=1,
+            hidden_size=work.hidden_size,
+            num_hidden_layers=work.num_layers,
+            num_attention_heads=work.num_heads,
+            intermediate_size=work.intermediate_size,
+            num_labels=10,
+            attn_implementation="sdpa",
+        )
+        images = {"pixel_values": torch.randn(work.batch_size, 1, work.image_size, work.image_size)}
+        return transformers.ViTForImageClassification(vit), images | {"labels": torch.arange(work.batch_size) % 10}
     ids = torch.from_numpy(rng.integers(5, work.vocab_size, (work.batch_size, work.length + 1)))
     if work.kind == "gpt":
         config = transformers.GPT2Config(

@@ -1,11 +1,11 @@
-"""Times training steps here and in PyTorch, in turns, and compares the tokens per second.
+"""Times training steps here and in PyTorch, in turns, and compares the tokens or images per second.
 
-    python experiments/gpt_speed/benchmark.py --workload gpt --peer-python PEERS/bin/python --output runs/step_speed
+    python experiments/step_speed/benchmark.py --workload gpt --peer-python PEERS/bin/python --output runs/step_speed
 
 Run it from the project's root, with this project's Python, on a machine that does nothing else; PEERS is an environment
 with torch and transformers. Both sides are bound to the same cores, told to use as many threads, train the same sizes
 on batches of the same shape (workloads.py), in float32 with AdamW and clipping, and read the loss of every step. A
-side's speed is the tokens of a batch over the median seconds of a step, compilation left out.
+side's speed is what a batch holds over the median seconds of a step, compilation left out.
 """
 
 import argparse
@@ -23,16 +23,16 @@ SIDES = {"ours": "ours.py", "pytorch": "peer.py"}
 
 
 def run(side: str, arguments: argparse.Namespace, round_number: int) -> float:
-    """Runs one side once, records it, and returns its tokens per second."""
+    """Runs one side once, records it, and returns its tokens or images per second."""
     work = WORKLOADS[arguments.workload]
     python = sys.executable if side == "ours" else arguments.peer_python
     said = benchmark.run([python, HERE / SIDES[side], arguments.workload, arguments.steps], arguments.threads)
-    speed = work.batch_size * work.length / statistics.median(said["seconds"])
+    speed = work.units / statistics.median(said["seconds"])
     benchmark.record(
         arguments.output / arguments.workload / side / f"round-{round_number}",
         {"workload": arguments.workload, **vars(work), "threads": arguments.threads},
         said,
-        {"tokens_per_second": speed} | {k: said[k] for k in ("compile_seconds", "parameters", "loss")},
+        {f"{work.unit}_per_second": speed} | {k: said[k] for k in ("compile_seconds", "parameters", "loss")},
         [{"step": i, "train/step_seconds": seconds} for i, seconds in enumerate(said["seconds"], start=1)],
     )
     return speed
@@ -49,11 +49,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if min(arguments.rounds, arguments.steps, arguments.threads) < 1:
         parser.error("--rounds, --steps and --threads are at least 1")
-    ratios = []
+    unit, ratios = WORKLOADS[arguments.workload].unit, []
     for number in range(arguments.rounds):
         speeds = {side: run(side, arguments, number) for side in SIDES}
         ratios.append(speeds["ours"] / speeds["pytorch"])
-        shown = "  ".join(f"{side} {speed:,.0f} tokens/s" for side, speed in speeds.items())
+        shown = "  ".join(f"{side} {speed:,.0f} {unit}/s" for side, speed in speeds.items())
         print(f"round {number}  {shown}  ratio {ratios[-1]:.2f}", flush=True)
     print(benchmark.summary(ratios))
     return 0
