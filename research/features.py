@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,11 +51,14 @@ class TrainedRun:
         shapes = self._experiment.abstract_state.params
         return transfer.load_params(self.path, self._model, shapes, self.checkpoint, new=())[0]
 
-    def check(self, shape: tuple[int, int, int]) -> None:
-        """Raises UserError unless the run was trained on images of that shape."""
+    def check(self, shape: tuple[int, int, int], label_names: Sequence[str] = ()) -> None:
+        """Raises UserError unless the run was trained on images of that shape, and of these classes in this order."""
         own = self._experiment.spec["image"].shape[1:] if "image" in self._experiment.spec else ()
         if own != shape:
             raise UserError(f"path: the run in '{self.path}' sees images of {own}; those drawn are of {shape}")
+        theirs = self._experiment.label_names
+        if theirs and label_names and theirs != tuple(label_names):
+            raise UserError(f"path: the run in '{self.path}' tells {theirs} apart; what is drawn is {label_names}")
 
     def __call__(self, params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
         """Returns "features" [B, F] and "logits" [B, C]."""
@@ -116,7 +120,7 @@ class Inception:
         """The parameters of `models.inception`, with the batch normalisation folded in."""
         return {name: self._folded(name) for name in self._shapes}
 
-    def check(self, shape: tuple[int, int, int]) -> None:
+    def check(self, shape: tuple[int, int, int], label_names: Sequence[str] = ()) -> None:
         """Raises UserError unless images are grey or of three colours."""
         if shape[2] not in (1, 3):
             raise UserError(f"network: Inception sees images of 1 or 3 channels, not of {shape[2]}")

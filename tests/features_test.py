@@ -46,6 +46,10 @@ def test_a_trained_run_gives_its_features_and_logits(run):
 def test_what_cannot_see(run, tmp_path):
     with pytest.raises(UserError, match=r"sees images of \(28, 28, 1\); those drawn are of \(32, 32, 3\)"):
         TrainedRun(str(run)).check((32, 32, 3))
+    names = Experiment(load_config(run), workdir=run).label_names
+    TrainedRun(str(run)).check((28, 28, 1), names)
+    with pytest.raises(UserError, match=r"tells .* apart; what is drawn is"):
+        TrainedRun(str(run)).check((28, 28, 1), names[::-1])
     with pytest.raises(UserError, match=r"there is no run in '.*nowhere'; train the classifier first"):
         TrainedRun(str(tmp_path / "nowhere"))
 

@@ -6,7 +6,7 @@ of different networks, or of different numbers of samples, are not comparable.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -37,8 +37,10 @@ class Network(Protocol):
         """Its parameters, on the host."""
         ...
 
-    def check(self, shape: tuple[int, int, int]) -> None:
-        """Raises UserError unless it takes images of that height, width and number of channels."""
+    def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
+        """Raises UserError unless it takes images of that height, width and number of channels and, of a classifier,
+        tells these classes apart; () where they have no names.
+        """
         ...
 
     def __call__(self, params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
@@ -73,7 +75,7 @@ class Frechet:
             raise UserError(f"num_samples: {self.num_samples} must be at least 2")
         check_pixels(self.task)
         self.task.check(self.sampling or self.task.sampling)
-        self.network.check(self.task.model.shape)
+        self.network.check(self.task.model.shape, self.task.label_names)
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Returns the distance; "accuracy", the share of images that a classifier takes for what they are to be; and
@@ -155,7 +157,7 @@ class Pixels:
         """None."""
         return {}
 
-    def check(self, shape: tuple[int, int, int]) -> None:
+    def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
         """Raises UserError unless images can be cut so."""
         if shape[0] % self.size:
             raise UserError(f"network.size: images of {shape[0]} pixels have no {self.size} squares in a row")

@@ -42,7 +42,7 @@ class Sees:
     def params(self):
         return {"levels": np.array([0.2, 0.6, 0.8], np.float32)}
 
-    def check(self, shape):
+    def check(self, shape, label_names):
         if shape[2] != 1:
             raise UserError("network: grey images only")
 
