@@ -9,8 +9,8 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from research import allocator
 from research.errors import UserError
@@ -78,6 +78,34 @@ def record(
     write_json(folder / "result.json", {"step": len(rows), "metrics": {}, **result})
 
 
+def alternate(measure: Callable[[str, int], float], sides: Sequence[str], rounds: int, unit: str) -> None:
+    """Measures two sides in turns, and prints the speeds of every round and their ratio, and the median of all.
+
+    Args:
+      measure: of a side and the number of the round, returns a speed.
+      sides: their names; the ratio is that of the first over the second.
+      rounds: how many, at least 1.
+      unit: what is counted in a second.
+    """
+    ratios = []
+    for number in range(rounds):
+        speeds = [measure(side, number) for side in sides]
+        ratios.append(speeds[0] / speeds[1])
+        shown = "  ".join(f"{side} {speed:,.0f} {unit}/s" for side, speed in zip(sides, speeds))
+        print(f"round {number}  {shown}  ratio {ratios[-1]:.2f}", flush=True)
+    print(summary(ratios))
+
+
 def summary(ratios: Sequence[float]) -> str:
     """Returns a line on the ratios of all rounds."""
     return f"median ratio: {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def exit_with(main: Callable[[], None]) -> NoReturn:
+    """Runs a benchmark script; a mistake of the user's is a line and status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

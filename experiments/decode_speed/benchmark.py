@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from research import assets, benchmark
-from research.errors import UserError
 from research.pretrained import huggingface
 from research.variants import SMOLLM2
 
@@ -49,7 +48,7 @@ def run(side: str, arguments: argparse.Namespace, folder: pathlib.Path, round_nu
     return said | {"speeds": speeds}
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", type=pathlib.Path, required=True, help="an interpreter with transformers")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/decode_speed"), help="the records")
@@ -78,12 +77,7 @@ def main() -> int:
             flush=True,
         )
     print(benchmark.summary(ratios))
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    benchmark.exit_with(main)

@@ -10,6 +10,7 @@ Beside it stand the images over the seconds that the core worked for them, which
 """
 
 import argparse
+import functools
 import pathlib
 import sys
 
@@ -18,7 +19,6 @@ import PIL.Image
 import workload
 
 from research import benchmark
-from research.errors import UserError
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIDES = {"ours": "ours.py", "torchvision": "peer.py"}
@@ -42,7 +42,7 @@ def draw(folder: pathlib.Path) -> None:
         picture.save(folder / f"{number:03}.jpg", quality=QUALITY)
 
 
-def run(side: str, arguments: argparse.Namespace, round_number: int) -> float:
+def run(arguments: argparse.Namespace, side: str, round_number: int) -> float:
     """Runs one side once, records it, and returns its images per second."""
     python = sys.executable if side == "ours" else arguments.peer_python
     said = benchmark.run([python, HERE / SIDES[side], arguments.output / "images", arguments.batches], threads=1)
@@ -59,7 +59,7 @@ def run(side: str, arguments: argparse.Namespace, round_number: int) -> float:
     return speed
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", type=pathlib.Path, required=True, help="an interpreter with torchvision")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/image_speed"), help="where to work")
@@ -69,19 +69,9 @@ def main() -> int:
     if min(arguments.rounds, arguments.batches) < 1:
         parser.error("--rounds and --batches are at least 1")
     draw(arguments.output / "images")
-    ratios = []
-    for number in range(arguments.rounds):
-        speeds = {side: run(side, arguments, number) for side in SIDES}
-        ratios.append(speeds["ours"] / speeds["torchvision"])
-        shown = "  ".join(f"{side} {speed:.0f} images/s" for side, speed in speeds.items())
-        print(f"round {number}  {shown}  ratio {ratios[-1]:.2f}", flush=True)
-    print(benchmark.summary(ratios))
-    return 0
+    measure = functools.partial(run, arguments)
+    benchmark.alternate(measure, tuple(SIDES), arguments.rounds, "images")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    benchmark.exit_with(main)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 
-from research import assets
+from research import assets, benchmark
 from research.data.datasets import movie_snippets
 from research.errors import UserError
 from research.variants import MINILM
@@ -127,7 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> int:
+def main() -> None:
     arguments = parse_arguments()
     metrics = ("observed_examples_per_second", "examples_per_second", "examples_per_second_with_compilation")
     rounds: list[dict[str, dict]] = []
@@ -143,12 +143,7 @@ def main() -> int:
     for side in SIDES:
         records = " ".join(str(arguments.output / "records" / side / f"round-{i}") for i in range(arguments.rounds))
         print(f"to record: python -m research.report --record {records} --into experiments/speed/{side}")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    benchmark.exit_with(main)

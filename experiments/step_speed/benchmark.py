@@ -9,6 +9,7 @@ side's speed is what a batch holds over the median seconds of a step, compilatio
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 import sys
@@ -16,13 +17,12 @@ import sys
 from workloads import WORKLOADS
 
 from research import benchmark
-from research.errors import UserError
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIDES = {"ours": "ours.py", "pytorch": "peer.py"}
 
 
-def run(side: str, arguments: argparse.Namespace, round_number: int) -> float:
+def run(arguments: argparse.Namespace, side: str, round_number: int) -> float:
     """Runs one side once, records it, and returns its tokens or images per second."""
     work = WORKLOADS[arguments.workload]
     python = sys.executable if side == "ours" else arguments.peer_python
@@ -38,7 +38,7 @@ def run(side: str, arguments: argparse.Namespace, round_number: int) -> float:
     return speed
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=WORKLOADS, required=True, help="what is trained: see workloads.py")
     parser.add_argument("--peer-python", type=pathlib.Path, required=True, help="an interpreter with transformers")
@@ -49,19 +49,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if min(arguments.rounds, arguments.steps, arguments.threads) < 1:
         parser.error("--rounds, --steps and --threads are at least 1")
-    unit, ratios = WORKLOADS[arguments.workload].unit, []
-    for number in range(arguments.rounds):
-        speeds = {side: run(side, arguments, number) for side in SIDES}
-        ratios.append(speeds["ours"] / speeds["pytorch"])
-        shown = "  ".join(f"{side} {speed:,.0f} {unit}/s" for side, speed in speeds.items())
-        print(f"round {number}  {shown}  ratio {ratios[-1]:.2f}", flush=True)
-    print(benchmark.summary(ratios))
-    return 0
+    measure = functools.partial(run, arguments)
+    benchmark.alternate(measure, tuple(SIDES), arguments.rounds, WORKLOADS[arguments.workload].unit)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    benchmark.exit_with(main)
