@@ -18,15 +18,16 @@ TUNABLES = ":".join(f"glibc.malloc.{name}={value % 2**64}" for name, (_, value) 
 
 
 def keep() -> None:
-    """Has the C library keep the buffers of a step for the next one; to be called before threads begin.
+    """Has the C library keep the buffers of a step for the next one, unless JAX, with its threads, is there already.
 
     To return them to the kernel and to take them again, page by page, would be a fifth of a step's time and more. They
     are taken by many threads, of which only the main one's heap can keep them, so all share it. Where an accelerator
     computes that would only slow the threads that read data, and nothing is changed.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
+    early = "jax" not in sys.modules
     accelerated = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
-    if sys.platform == "linux" and (platforms == "cpu" or not (platforms or accelerated)):
+    if sys.platform == "linux" and early and (platforms == "cpu" or not (platforms or accelerated)):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # not every C library has it
         for number, value in PARAMETERS.values():
             mallopt(number, value)

@@ -40,9 +40,20 @@ def variants(path):
 
 
 CONFIGS = {(path.name, variant): path for path in sorted(FOLDER.glob("*.py")) for variant in variants(path)}
-# The tasks of GLUE differ in their texts and labels only: of a classification of one text, one of two and a regression
-# each, one is trained, and the others are built.
+# Some tiny variants differ from others in their texts, labels or rates only; they are built and not trained. The tasks
+# of GLUE are classifications of one text, of two, or regressions; of the others the fellow is named.
 SAME = [("glue.py", f"{task}-tiny") for task in ("cola", "mrpc", "qqp", "qnli", "rte", "wnli")]
+SAME += [
+    ("detr_deepforest.py", "tiny"),  # finetune_detection
+    ("dit_imagenet.py", "tiny"),  # dit_fashion_mnist
+    ("mae_imagenet.py", "tiny"),  # mae_fashion_mnist
+    ("mae_imagenet.py", "finetune-tiny"),
+    ("dinov2_garments.py", "probe-tiny"),  # mae_fashion_mnist:probe
+    ("vit_imagenet.py", "tiny"),  # vit_imagenet:deit
+    ("transformer_wmt14.py", "tiny"),  # libreoffice_translation
+    ("summarize_cnn_dailymail.py", "tiny"),  # finetune_seq2seq
+    ("chat_translation.py", "tiny"),  # finetune_chat
+]
 TINY = [key for key in CONFIGS if key[1].endswith("tiny") and key not in SAME]
 
 
