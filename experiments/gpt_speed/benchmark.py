@@ -1,6 +1,6 @@
 """Times training steps here and in PyTorch, in turns, and compares the tokens or images per second.
 
-    python experiments/step_speed/benchmark.py --workload gpt --peer-python PEERS/bin/python --output runs/step_speed
+    python experiments/gpt_speed/benchmark.py --workload gpt --peer-python PEERS/bin/python --output runs/step_speed
 
 Run it from the project's root, with this project's Python, on a machine that does nothing else; PEERS is an environment
 with torch and transformers. Both sides are bound to the same cores, told to use as many threads, train the same sizes
