@@ -39,10 +39,12 @@ def load_params(
       report.
 
     Raises:
-      UserError: a parameter is missing or has another shape.
+      UserError: there is no run, or a parameter is missing or has another shape.
     """
     del model  # the parameters say all
     folder = pathlib.Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"config.init.path: there is no run in '{path}'; train it first, or name another one")
     config = load_config(folder)
     config.mesh = None  # that of the run may need other devices than there are
     _, params = restore_params(Experiment(config, workdir=folder), folder, checkpoint)

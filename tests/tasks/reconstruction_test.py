@@ -208,3 +208,6 @@ def test_a_pretrained_encoder_is_what_a_classifier_begins_with(tmp_path):
         assert len(trained) == len(loaded) - 2
         for name, leaf in trained.items():
             np.testing.assert_array_equal(loaded[name], leaf)
+    config.init.path = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"config.init.path: there is no run in '.*nowhere'; train it first"):
+        Experiment(config).pretrained()
