@@ -51,7 +51,7 @@ class TrainedRun:
         shapes = self._experiment.abstract_state.params
         return transfer.load_params(self.path, self._model, shapes, self.checkpoint, new=())[0]
 
-    def check(self, shape: tuple[int, int, int], label_names: Sequence[str] = ()) -> None:
+    def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
         """Raises UserError unless the run was trained on images of that shape, and of these classes in this order."""
         own = self._experiment.spec["image"].shape[1:] if "image" in self._experiment.spec else ()
         if own != shape:
@@ -120,7 +120,7 @@ class Inception:
         """The parameters of `models.inception`, with the batch normalisation folded in."""
         return {name: self._folded(name) for name in self._shapes}
 
-    def check(self, shape: tuple[int, int, int], label_names: Sequence[str] = ()) -> None:
+    def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
         """Raises UserError unless images are grey or of three colours."""
         if shape[2] not in (1, 3):
             raise UserError(f"network: Inception sees images of 1 or 3 channels, not of {shape[2]}")

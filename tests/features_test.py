@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 def test_a_trained_run_gives_its_features_and_logits(run):
     network = TrainedRun(str(run))
     assert network.metric == "frechet_shapes classifier"
-    network.check((28, 28, 1))
+    network.check((28, 28, 1), ())
     pixels = np.random.default_rng(0).uniform(size=(3, 28, 28, 1)).astype(np.float32)
     found = jax.jit(lambda params, pixels: network(params, pixels))(network.params, pixels)
     experiment = Experiment(load_config(run), workdir=run)
@@ -45,7 +45,7 @@ def test_a_trained_run_gives_its_features_and_logits(run):
 
 def test_what_cannot_see(run, tmp_path):
     with pytest.raises(UserError, match=r"sees images of \(28, 28, 1\); those drawn are of \(32, 32, 3\)"):
-        TrainedRun(str(run)).check((32, 32, 3))
+        TrainedRun(str(run)).check((32, 32, 3), ())
     names = Experiment(load_config(run), workdir=run).label_names
     TrainedRun(str(run)).check((28, 28, 1), names)
     with pytest.raises(UserError, match=r"tells .* apart; what is drawn is"):
@@ -99,7 +99,7 @@ def test_weights_of_another_network(tmp_path):
     with pytest.raises(UserError, match=r"no weights of Inception-v3: it lacks \w+.conv.weight"):
         Inception(str(path))
     with pytest.raises(UserError, match="images of 1 or 3 channels, not of 4"):
-        Inception(str(tmp_path / "inception.safetensors")).check((8, 8, 4))
+        Inception(str(tmp_path / "inception.safetensors")).check((8, 8, 4), ())
 
 
 @pytest.mark.peers

@@ -13,17 +13,18 @@ from workloads import CLIP_NORM, LEARNING_RATE, MASKED, WARM_STEPS, WEIGHT_DECAY
 
 def make(work: Workload) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     rng = np.random.default_rng(0)
+    sizes = {
+        "hidden_size": work.hidden_size,
+        "num_hidden_layers": work.num_layers,
+        "num_attention_heads": work.num_heads,
+        "intermediate_size": work.intermediate_size,
+        "hidden_dropout_prob": work.dropout,
+        "attention_probs_dropout_prob": work.dropout,
+        "attn_implementation": "sdpa",
+    }
     if work.kind == "vit":
         vit = transformers.ViTConfig(
-            image_size=work.image_size,
-            patch_size=work.patch_size,
-            num_channels=1,
-            hidden_size=work.hidden_size,
-            num_hidden_layers=work.num_layers,
-            num_attention_heads=work.num_heads,
-            intermediate_size=work.intermediate_size,
-            num_labels=10,
-            attn_implementation="sdpa",
+            image_size=work.image_size, patch_size=work.patch_size, num_channels=1, num_labels=10, **sizes
         )
         images = {"pixel_values": torch.randn(work.batch_size, 1, work.image_size, work.image_size)}
         return transformers.ViTForImageClassification(vit), images | {"labels": torch.arange(work.batch_size) % 10}
@@ -45,17 +46,7 @@ def make(work: Workload) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
             attn_implementation="sdpa",
         )
         return transformers.GPT2LMHeadModel(config), {"input_ids": ids[:, :-1], "labels": ids[:, :-1]}
-    config = transformers.BertConfig(
-        vocab_size=work.vocab_size,
-        hidden_size=work.hidden_size,
-        num_hidden_layers=work.num_layers,
-        num_attention_heads=work.num_heads,
-        intermediate_size=work.intermediate_size,
-        hidden_dropout_prob=work.dropout,
-        attention_probs_dropout_prob=work.dropout,
-        num_labels=2,
-        attn_implementation="sdpa",
-    )
+    config = transformers.BertConfig(vocab_size=work.vocab_size, num_labels=2, **sizes)
     batch = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, 1:])}
     if work.kind == "bert":
         return transformers.BertForSequenceClassification(config), batch | {"labels": ids[:, 0] % 2}
