@@ -13,7 +13,7 @@ tiny          needs neither network nor files and takes seconds.
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_documents
+from research.configuration.variants import choose, tiny_documents
 
 
 def get_config(variant: str = "") -> ConfigDict:

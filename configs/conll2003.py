@@ -11,7 +11,7 @@ Hardware: one accelerator; minutes.
 
 from ml_collections import ConfigDict, FieldReference
 
-from research.variants import choose, tiny_sentences
+from research.configuration.variants import choose, tiny_sentences
 
 
 def get_config(variant: str = "") -> ConfigDict:

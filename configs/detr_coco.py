@@ -18,7 +18,7 @@ Variants: short, published, tiny, which needs neither network nor files and take
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 SHORTER = list(range(480, 801, 32))
 LONGER = 1333

@@ -16,7 +16,7 @@ takes seconds.
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 SIZE = 128
 
@@ -52,7 +52,9 @@ def get_config(variant: str = "") -> ConfigDict:
             ),
         ),
     )
-    config.init = dict(call="research.transfer.load_params", path="runs/detr_garments/seed-0", new=("^class_head/",))
+    config.init = dict(
+        call="research.configuration.transfer.load_params", path="runs/detr_garments/seed-0", new=("^class_head/",)
+    )
     config.data = data("train", train=True)
     config.evals = dict(
         validation=dict(call="research.evaluators.coco.Coco", data=data("validation"), pictures=0),

@@ -9,7 +9,7 @@ Hardware: one CPU core. Variants: tiny, which needs neither network nor files an
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 SIZE = 96
 

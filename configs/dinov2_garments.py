@@ -17,7 +17,7 @@ Published: nothing on these data and weights. Hardware: 2 CPU cores.
 
 from ml_collections import ConfigDict
 
-from research.variants import DINOV2_SMALL, choose, tiny_images
+from research.configuration.variants import DINOV2_SMALL, choose, tiny_images
 
 LAYERS, SIDE = 12, 56
 

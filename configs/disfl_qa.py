@@ -11,7 +11,7 @@ Hardware: 2 CPU cores, about half an hour.
 
 from ml_collections import ConfigDict, FieldReference
 
-from research.variants import MINILM, choose, tiny_questions
+from research.configuration.variants import MINILM, choose, tiny_questions
 
 
 def get_config(variant: str = "") -> ConfigDict:

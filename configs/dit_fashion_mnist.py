@@ -9,7 +9,7 @@ Hardware: one CPU core, an hour. Variants: tiny, which needs neither network nor
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -20,8 +20,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = dict(
         call="research.tasks.diffusion.Diffusion",
         label_dropout=0.1,
-        process=dict(call="research.diffusion.Gaussian", schedule="cosine", prediction="v"),
-        sampling=dict(call="research.diffusion.Sampling", sampler="ddim", steps=50, eta=0.0, guidance=2.0, clip=True),
+        process=dict(call="research.generation.diffusion.Gaussian", schedule="cosine", prediction="v"),
+        sampling=dict(
+            call="research.generation.diffusion.Sampling", sampler="ddim", steps=50, eta=0.0, guidance=2.0, clip=True
+        ),
         model=dict(
             call="research.models.dit.DiT",
             image_size=28,
@@ -42,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
         samples=dict(call="research.evaluators.samples.Samples", data=data("test")),
         frechet=dict(
             call="research.evaluators.frechet.Frechet",
-            network=dict(call="research.features.TrainedRun", path="runs/vit_fashion_mnist"),
+            network=dict(call="research.evaluators.features.TrainedRun", path="runs/vit_fashion_mnist"),
             num_samples=1000,
             data=data("test"),
         ),

@@ -16,7 +16,7 @@ to draw with or to train further; tiny, which needs no files and takes seconds.
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 PUBLISHED = "hf://facebook/DiT-XL-2-256/transformer/"
 SIZES = {
@@ -35,8 +35,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = dict(
         call="research.tasks.diffusion.Diffusion",
         label_dropout=0.1,
-        process=dict(call="research.diffusion.Gaussian", schedule="linear", prediction="epsilon", num_steps=1000),
-        sampling=dict(call="research.diffusion.Sampling", sampler="ddpm", steps=250, eta=0.0, guidance=1.5, clip=False),
+        process=dict(
+            call="research.generation.diffusion.Gaussian", schedule="linear", prediction="epsilon", num_steps=1000
+        ),
+        sampling=dict(
+            call="research.generation.diffusion.Sampling", sampler="ddpm", steps=250, eta=0.0, guidance=1.5, clip=False
+        ),
         model=dict(
             call="research.models.dit.DiT",
             image_size=32,

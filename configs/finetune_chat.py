@@ -27,7 +27,7 @@ of 256 tokens: about 10 s a step on 2 CPU cores. `:tiny` needs neither network n
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from research.variants import SMOLLM2, choose, derived, tiny_run
+from research.configuration.variants import SMOLLM2, choose, derived, tiny_run
 
 COLOURS = ("red", "blue", "green")
 

@@ -26,7 +26,7 @@ on 2 CPU cores but needs some 10,000 images to learn much. `:tiny` needs neither
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from research.variants import choose, derived, tiny_images
+from research.configuration.variants import choose, derived, tiny_images
 
 
 def get_config(variant: str = "") -> ConfigDict:

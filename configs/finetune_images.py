@@ -25,7 +25,7 @@ that --mode=export does not take it. `:tiny` needs neither network nor files.
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from research.variants import choose, derived, tiny_images
+from research.configuration.variants import choose, derived, tiny_images
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -27,7 +27,7 @@ parameters: half an hour on 2 CPU cores that do 1e11 a second, seconds on an acc
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from research.variants import choose, derived, tiny_documents
+from research.configuration.variants import choose, derived, tiny_documents
 
 ENCODER = ("input_ids", "attention_mask")
 DECODER = ("decoder_input_ids", "decoder_attention_mask", "targets", "target_mask")

@@ -24,7 +24,7 @@ registry where the hub cannot be reached. `:tiny` needs neither network nor file
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from research.variants import MINILM, choose, derived, tiny_text_data, tiny_text_model
+from research.configuration.variants import MINILM, choose, derived, tiny_text_data, tiny_text_model
 
 OBJECTIVES = {"classification": "softmax", "multi_label": "sigmoid", "regression": "regression"}
 SCORES = {

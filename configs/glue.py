@@ -27,7 +27,7 @@ import functools
 
 from ml_collections import ConfigDict, FieldReference
 
-from research.variants import choose, tiny_text_data, tiny_text_model
+from research.configuration.variants import choose, tiny_text_data, tiny_text_model
 
 ENCODER = "hf://google-bert/bert-base-cased"
 # Task -> its texts, its official scores, its classes (none in STS-B, which is a regression), the epochs.

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_documents
+from research.configuration.variants import choose, tiny_documents
 
 # Width, layers, heads, learning rate, whether activations are recomputed.
 SIZES = {

@@ -30,7 +30,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_documents
+from research.configuration.variants import choose, tiny_documents
 
 LENGTH = 2048
 # Layers, width, heads, rows a step, learning rate.

@@ -12,7 +12,7 @@ Hardware: 2 CPU cores, ten minutes. `:tiny` (modulo 11) takes seconds.
 
 from ml_collections import ConfigDict
 
-from research.variants import choose
+from research.configuration.variants import choose
 
 
 def get_config(variant: str = "") -> ConfigDict:

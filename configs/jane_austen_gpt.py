@@ -11,7 +11,7 @@ takes seconds.
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_documents
+from research.configuration.variants import choose, tiny_documents
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -17,7 +17,7 @@ Expected: see experiments/translation and experiments/span_corruption. Hardware:
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_documents
+from research.configuration.variants import choose, tiny_documents
 
 FEATURES = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "targets", "target_mask")
 POSITIONS = ("positions", "decoder_positions")
@@ -115,7 +115,9 @@ def t5_pretraining(config: ConfigDict) -> ConfigDict:
 
 def t5_pretrained(config: ConfigDict) -> ConfigDict:
     config = t5(config)
-    config.init = dict(call="research.transfer.load_params", path="runs/libreoffice/t5_pretraining", new=())
+    config.init = dict(
+        call="research.configuration.transfer.load_params", path="runs/libreoffice/t5_pretraining", new=()
+    )
     return config
 
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_documents
+from research.configuration.variants import choose, tiny_documents
 
 TOKENS_PER_PARAMETER = 20
 

@@ -11,7 +11,7 @@ Variants:
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 LAYERS = 6
 
@@ -97,7 +97,9 @@ def classify(config: ConfigDict) -> ConfigDict:
 def finetune(config: ConfigDict) -> ConfigDict:
     config = classify(config)
     config.task.model.encoder.drop_path = 0.1
-    config.init = dict(call="research.transfer.load_params", path="runs/mae_fashion_mnist", new=("^head",))
+    config.init = dict(
+        call="research.configuration.transfer.load_params", path="runs/mae_fashion_mnist", new=("^head",)
+    )
     config.optimizer.update(learning_rate=1e-3, warmup=0.1, b2=0.999, layer_decay=0.75)
     return config
 
@@ -113,7 +115,9 @@ def scratch(config: ConfigDict) -> ConfigDict:
 def probe(config: ConfigDict) -> ConfigDict:
     config = classify(config)
     config.task.label_smoothing = 0.0
-    config.init = dict(call="research.transfer.load_params", path="runs/mae_fashion_mnist", new=("^head",))
+    config.init = dict(
+        call="research.configuration.transfer.load_params", path="runs/mae_fashion_mnist", new=("^head",)
+    )
     config.optimizer = dict(learning_rate=1e-2, schedule="cosine", warmup=0.1, clip_norm=None, freeze=("^encoder/",))
     return config
 

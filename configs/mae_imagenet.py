@@ -31,7 +31,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 SIDE, FILTER = 224, "bicubic"
 # Patch size, width, layers, heads; drop path, and when fine-tuned epochs, rate for a batch of 256, layer decay.
@@ -134,7 +134,9 @@ def classify(config: ConfigDict, size: str, epochs: float) -> ConfigDict:
     config.num_epochs = epochs
     validation = data("validation", ("image", "label"), *middle())
     config.evals = dict(validation=dict(call="research.evaluators.classification.Scores", data=validation))
-    config.init = dict(call="research.transfer.load_params", path=f"runs/mae_imagenet_{size}", new=("^head",))
+    config.init = dict(
+        call="research.configuration.transfer.load_params", path=f"runs/mae_imagenet_{size}", new=("^head",)
+    )
     return config
 
 

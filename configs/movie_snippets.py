@@ -9,7 +9,7 @@ Hardware: 2 CPU cores, 3 to 5 minutes.
 
 from ml_collections import ConfigDict
 
-from research.variants import MINILM, choose, tiny_text_data, tiny_text_model
+from research.configuration.variants import MINILM, choose, tiny_text_data, tiny_text_model
 
 LABELS = ("negative", "positive")
 

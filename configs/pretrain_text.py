@@ -19,7 +19,7 @@ Each of these is said once and holds everywhere:
 The default is a GPT (Radford 2019) of 4 layers of 256, 5.3 million parameters, on 8,192 byte pairs; bits per byte is
 the number that other tokenizers' models can be compared by. Go on with a text by --mode=generate --prompt="...".
 `:mlm` is a BERT (Devlin 2018) as small, on 8,192 word pieces in lower case, to be fine-tuned: give its workdir to
-research.transfer.load_params, as configs/small_bert_snippets.py does.
+research.configuration.transfer.load_params, as configs/small_bert_snippets.py does.
 Recipe: AdamW at 1e-3, a cosine to 10 %, 2,000 steps of 16 rows of 256 tokens, or 8 million tokens. Expected: depends on
 the text. Hardware: any; at 6 operations a parameter and token 2,000 steps are 2.6e14 floating-point operations: three
 quarters of an hour on 2 CPU cores that do 1e11 a second, seconds on an accelerator.
@@ -29,7 +29,7 @@ quarters of an hour on 2 CPU cores that do 1e11 a second, seconds on an accelera
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from research.variants import choose, derived, tiny_documents
+from research.configuration.variants import choose, derived, tiny_documents
 
 CAUSAL = ("input_ids", "targets", "target_mask", "attention_mask", "positions")
 

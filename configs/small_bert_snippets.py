@@ -12,7 +12,7 @@ Expected: see experiments/pretraining_pays. Hardware: 2 CPU cores, 2 minutes.
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_text_data, tiny_text_model
+from research.configuration.variants import choose, tiny_text_data, tiny_text_model
 
 LABELS = ("negative", "positive")
 
@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
             num_outputs=2,
         ),
     )
-    config.init = dict(call="research.transfer.load_params", path="runs/bert_jane_austen", new=("^head",))
+    config.init = dict(call="research.configuration.transfer.load_params", path="runs/bert_jane_austen", new=("^head",))
     config.data = data(split="train", length_buckets=4)
     test = data(split="test", length_buckets=3)
     config.evals = dict(test=dict(call="research.evaluators.classification.Scores", data=test))

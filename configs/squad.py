@@ -15,7 +15,7 @@ Hardware: one accelerator with 12 GB; about an hour, v2 half as much again.
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from research.variants import choose, tiny_questions
+from research.configuration.variants import choose, tiny_questions
 
 
 def get_config(variant: str = "") -> ConfigDict:

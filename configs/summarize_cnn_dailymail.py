@@ -19,7 +19,7 @@ for small: a quarter of an hour of an A100 at 35 % of its peak of 312e12 a secon
 
 from ml_collections import ConfigDict, FieldReference
 
-from research.variants import choose, tiny_documents
+from research.configuration.variants import choose, tiny_documents
 
 ENCODER = ("input_ids", "attention_mask")
 DECODER = ("decoder_input_ids", "decoder_attention_mask", "targets", "target_mask")

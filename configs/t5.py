@@ -34,7 +34,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_documents
+from research.configuration.variants import choose, tiny_documents
 
 # Width, layers of each side, heads, width of a head, width of the MLP.
 SIZES = {

@@ -19,7 +19,7 @@ and 3.5 days of 8 P100; at 35 % of an A100's peak of 312e12 a second one needs 8
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_documents
+from research.configuration.variants import choose, tiny_documents
 
 ENCODER = ("input_ids", "attention_mask")
 DECODER = ("decoder_input_ids", "decoder_attention_mask", "targets", "target_mask")

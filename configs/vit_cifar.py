@@ -14,7 +14,7 @@ Not run here: the weights need the hub, the images a download. Some 1.7e18 multi
 
 from ml_collections import ConfigDict, FieldReference
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -7,7 +7,7 @@ seconds.
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 
 def get_config(variant: str = "") -> ConfigDict:

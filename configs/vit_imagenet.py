@@ -34,7 +34,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from research.variants import choose, tiny_images
+from research.configuration.variants import choose, tiny_images
 
 SIDE = 224
 # Patch size, width, layers, heads.
@@ -165,7 +165,7 @@ def distilled(config: ConfigDict) -> ConfigDict:
     )
     set_data(config, list(config.data.ops[2:-1]), BEYER)  # as the teacher knows them
     config.init = dict(
-        call="research.transfer.load_params",
+        call="research.configuration.transfer.load_params",
         path="runs/vit_imagenet/b16",
         renames=[["^", "teacher/"]],
         new=["^(?!teacher/)"],

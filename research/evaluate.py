@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from research.errors import UserError
 from research.experiment import Experiment
 from research.optimizer import evaluation_params
-from research.record import write_json
+from research.reporting.record import write_json
+from research.reporting.writers import Progress, write_pictures
 from research.task import Params
-from research.writers import Progress, write_pictures
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = "") -> dict[str, Any]:

@@ -20,10 +20,10 @@ from research.build import build, invoke, locate
 from research.checkpoint import Checkpoints
 from research.data.dataset import Dataset, Source
 from research.data.tokenizer import read
-from research.decoding import Decoding
 from research.errors import UserError, nearest
+from research.generation.decoding import Decoding
 from research.optimizer import Optimizer
-from research.record import read_json
+from research.reporting.record import read_json
 from research.task import Borrows, Params, Spec, Task
 
 KEYS = (
@@ -37,7 +37,7 @@ SECTIONS = {
     "mesh": "research.sharding.make_mesh",
     "checkpoint": "research.checkpoint.Checkpoints",
     "log": "research.experiment.Log",
-    "decoding": "research.decoding.Decoding",
+    "decoding": "research.generation.decoding.Decoding",
 }
 
 

@@ -17,7 +17,7 @@ from research.experiment import Experiment
 from research.models import vit
 from research.models.encoder_decoder import EncoderDecoder
 from research.pretrained import huggingface, preprocessor
-from research.record import write_json
+from research.reporting.record import write_json
 from research.task import Borrows, Params
 
 PROBLEMS = {

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from research import decoding, draw, sharding
+from research import sharding
 from research.build import locate
 from research.data.tokenizer import Tokenizer
-from research.detokenizer import Detokenizer, completion
 from research.errors import UserError, nearest
 from research.evaluate import restore_params
 from research.experiment import Experiment
+from research.generation import decoding, draw
+from research.generation.detokenizer import Detokenizer, completion
 from research.task import Params
 from research.tasks.diffusion import Diffusion
 

@@ -36,8 +36,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from research import allocator, overrides
+from research.configuration import overrides
 from research.errors import UserError, nearest
+from research.runtime import allocator
 
 MODES = {
     "train": (),
@@ -101,9 +102,9 @@ def _run(argv: Sequence[str]) -> int:
         overrides.apply(config, changes)  # before JAX is imported, which takes seconds
     allocator.keep()
     from research.checkpoint import SaveError, UnreadableCheckpointError, quieten
-    from research.meter import NonFiniteError
-    from research.preemption import PreemptedError
-    from research.record import load_config
+    from research.reporting.meter import NonFiniteError
+    from research.reporting.record import load_config
+    from research.runtime.preemption import PreemptedError
 
     _start_jax(flags.distributed)
     quieten()

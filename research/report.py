@@ -20,9 +20,9 @@ import rich.console
 import rich.table
 from rich.markup import escape
 
-from research import figures, ledger, runs
 from research.errors import UserError, nearest
-from research.runs import Run
+from research.reporting import figures, ledger, runs
+from research.reporting.runs import Run
 
 # Which options each of the three uses takes.
 OPTIONS = {"compare": ("figure", "metrics"), "record": ("into",), "ledger": ("root",)}

@@ -9,16 +9,17 @@ from typing import Any, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from research import evaluate, figures, sharding
+from research import evaluate, sharding
 from research.checkpoint import Checkpoints
 from research.experiment import Experiment
-from research.meter import Meter
 from research.metrics import Mean
 from research.optimizer import evaluation_params
-from research.preemption import PreemptedError, Preemption
-from research.record import Record, peak_memory_bytes, read_json, write_json
+from research.reporting import figures
+from research.reporting.meter import Meter
+from research.reporting.record import Record, peak_memory_bytes, read_json, write_json
+from research.reporting.writers import METRICS, Progress, Writer, read_metrics
+from research.runtime.preemption import PreemptedError, Preemption
 from research.step import TrainState, train_step
-from research.writers import METRICS, Progress, Writer, read_metrics
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:

@@ -15,12 +15,14 @@ import pytest
 import tensorflow_datasets
 from flax.traverse_util import flatten_dict
 
-from research import assets, figures, overrides, train
+from research import assets, train
 from research.build import build
+from research.configuration import overrides
 from research.data import source, tokenizer
 from research.experiment import Experiment
 from research.models import bert, detr, dit, gpt, resnet, vit
 from research.pretrained import huggingface
+from research.reporting import figures
 from research.step import train_step
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"

@@ -11,7 +11,7 @@ from research import evaluate, export, predict, train
 from research.data import tokenizer
 from research.errors import UserError
 from research.experiment import Experiment
-from research.record import Record, load_config, write_json
+from research.reporting.record import Record, load_config, write_json
 
 RECORDS = [{"text": f"{word} film {i}", "label": k} for i in range(6) for k, word in enumerate(("bad", "good"))]
 SOURCE = {"call": "research.data.source.examples", "records": RECORDS, "label_names": {"label": ("bad", "good")}}

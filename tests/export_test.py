@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from research import export
 from research.data import tokenizer
-from research.decoding import Decoding
+from research.generation.decoding import Decoding
 from research.models import bert, vit
 from research.models.encoder_decoder import EncoderDecoder
 from research.models.gpt import Decoder

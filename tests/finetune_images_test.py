@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from research import overrides
+from research.configuration import overrides
 from research.data import image
 from research.errors import UserError
 from research.experiment import Experiment

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from research import decoding, generate, main, train
+from research import generate, main, train
 from research.data import tokenizer
-from research.decoding import Decoding
-from research.detokenizer import completion
 from research.errors import UserError
+from research.generation import decoding
+from research.generation.decoding import Decoding
+from research.generation.detokenizer import completion
 from research.models.encoder_decoder import EncoderDecoder
 from research.models.gpt import Decoder
 from research.pretrained import huggingface
-from research.record import load_config
+from research.reporting.record import load_config
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

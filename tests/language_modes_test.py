@@ -71,7 +71,7 @@ def test_masked_language_models_fill_in_and_are_started_from(tmp_path, capsys, c
     (choices,) = found[0]["masks"]
     assert len(choices) == 5
     assert sum(choices.values()) < 1
-    flags = ["--config.init.call=research.transfer.load_params", f"--config.init.path={run}"]
+    flags = ["--config.init.call=research.configuration.transfer.load_params", f"--config.init.path={run}"]
     config = f"--config={CONFIGS}/small_bert_snippets.py:tiny"
     assert main.main([config, f"--workdir={tmp_path}/tuned", "--config.init={}", *flags]) == 0
     # The pretrained encoder learns on; only the head is new.

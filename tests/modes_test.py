@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from research import evaluate, export, main, predict, train
+from research.configuration.variants import tiny_text_model
 from research.data import tokenizer
 from research.errors import UserError
 from research.evaluate import restore_params
 from research.experiment import Experiment
 from research.pretrained import huggingface
-from research.record import load_config
-from research.variants import tiny_text_model
+from research.reporting.record import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 TEXTS = ["a good film", "bad! \u2028 naïve 映画 🎬", "x", "odd book", "good!", "bad as ever", "" * 3, "odd"] * 3

@@ -10,12 +10,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from research import main, overrides, predict
+from research import main, predict
+from research.configuration import overrides
 from research.data.shapes import NAMES, shapes
 from research.errors import UserError
 from research.evaluate import restore_params
 from research.experiment import Experiment
-from research.record import load_config
+from research.reporting.record import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SMALL = ["hidden_size=32", "num_layers=2", "num_heads=2", "intermediate_size=64", "unroll=1"]

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from research import report, runs
+from research import report
+from research.reporting import runs
 
 
 def make_run(path, seed=0, accuracy=0.8, learning_rate=1e-3, **result):

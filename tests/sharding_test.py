@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from research import overrides, sharding, train
+from research import sharding, train
+from research.configuration import overrides
 from research.experiment import Experiment
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

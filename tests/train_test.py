@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from configs import movie_snippets
 from research import evaluate, train
 from research.errors import UserError
-from research.meter import NonFiniteError
-from research.preemption import PreemptedError
+from research.reporting.meter import NonFiniteError
+from research.runtime.preemption import PreemptedError
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,9 +16,10 @@ import sys
 import jax
 import numpy as np
 
-from research import assets, benchmark
+from research import assets
+from research.configuration.variants import SMOLLM2
 from research.pretrained import huggingface
-from research.variants import SMOLLM2
+from research.reporting import benchmark
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIDES = {"ours": "ours.py", "transformers": "peer.py"}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import decoding
+from research.generation import decoding
 from research.pretrained import huggingface
 
 

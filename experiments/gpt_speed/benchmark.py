@@ -16,7 +16,7 @@ import sys
 
 from workloads import WORKLOADS
 
-from research import benchmark
+from research.reporting import benchmark
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIDES = {"ours": "ours.py", "pytorch": "peer.py"}

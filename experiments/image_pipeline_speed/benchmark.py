@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 import workload
 
-from research import benchmark
+from research.reporting import benchmark
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIDES = {"ours": "ours.py", "torchvision": "peer.py"}

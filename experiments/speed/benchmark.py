@@ -20,10 +20,11 @@ import subprocess
 import sys
 import time
 
-from research import assets, benchmark
+from research import assets
+from research.configuration.variants import MINILM
 from research.data.datasets import movie_snippets
 from research.errors import UserError
-from research.variants import MINILM
+from research.reporting import benchmark
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from research import pictures
 from research.data import boxes, image
 from research.data.dataset import Dataset
 from research.errors import UserError
 from research.evaluators import batches, numbered
+from research.reporting import pictures
 from research.task import Batch, Params, Task
 
 # In the order of COCO's summary. AP is the mean over thresholds of the intersection over union from 0.5 to 0.95 and

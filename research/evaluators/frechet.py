@@ -14,12 +14,12 @@ import numpy as np
 import scipy.linalg
 from jax.sharding import Mesh
 
-from research import pictures
 from research.data.dataset import Dataset
-from research.diffusion import Sampling
 from research.errors import UserError
 from research.evaluators import batches
 from research.evaluators.samples import Drawing, check_pixels, requests
+from research.generation.diffusion import Sampling
+from research.reporting import pictures
 from research.task import Batch, Params
 from research.tasks.diffusion import Diffusion
 

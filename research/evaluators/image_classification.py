@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import sklearn.metrics
 
-from research import pictures
 from research.data.dataset import Dataset
 from research.errors import UserError
 from research.evaluators.classification import Scores
 from research.evaluators.numbered import numbered
 from research.metrics import Mean
+from research.reporting import pictures
 from research.task import Batch, Params
 
 

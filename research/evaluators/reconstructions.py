@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from research import pictures
 from research.data.dataset import Dataset
 from research.errors import UserError
 from research.evaluators import batches
 from research.evaluators.numbered import Numbered
+from research.reporting import pictures
 from research.task import Batch, Params
 from research.tasks.reconstruction import Reconstruction
 

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from research import pictures
 from research.data.dataset import Dataset
 from research.data.source import examples
-from research.diffusion import Sampling
 from research.errors import UserError
 from research.evaluators import batches
+from research.generation.diffusion import Sampling
+from research.reporting import pictures
 from research.task import Batch, Params
 from research.tasks.diffusion import Diffusion
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import diffusion
-from research.diffusion import Flow, Gaussian, Sampling, expand
 from research.errors import UserError
+from research.generation import diffusion
+from research.generation.diffusion import Flow, Gaussian, Sampling, expand
 from research.metrics import Mean
 from research.models.dit import DiT
 from research.task import Batch, Params, Spec

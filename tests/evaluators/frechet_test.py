@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from research.data.dataset import Dataset
 from research.data.image import Decode, Normalize
 from research.data.source import examples
-from research.diffusion import Flow, Sampling
 from research.errors import UserError
 from research.evaluators.frechet import Frechet, Pixels, _moments, frechet_distance
+from research.generation.diffusion import Flow, Sampling
 from research.models.dit import DiT
 from research.sharding import AXES
 from research.tasks.diffusion import Diffusion

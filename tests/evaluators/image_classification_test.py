@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from research import pictures, sharding
+from research import sharding
 from research.data.dataset import Dataset
 from research.data.image import Decode, Normalize
 from research.errors import UserError
 from research.evaluators.classification import Scores
 from research.evaluators.image_classification import ImageScores
+from research.reporting import pictures
 from research.tasks.image_classification import ImageClassification
 
 NAMES = ("hat", "shoe", "bag")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from research import pictures, sharding
+from research import sharding
 from research.data.dataset import Dataset
 from research.data.image import Decode, Normalize
 from research.data.shapes import shapes
@@ -12,6 +12,7 @@ from research.errors import UserError
 from research.evaluators.reconstructions import Reconstructions
 from research.models import vit
 from research.models.mae import MaskedAutoencoder
+from research.reporting import pictures
 from research.tasks.reconstruction import Reconstruction
 
 ENCODER = vit.Encoder(

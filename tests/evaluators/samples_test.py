@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from research import pictures
 from research.data.dataset import Dataset
 from research.data.image import Decode, Normalize
 from research.data.shapes import shapes
-from research.diffusion import Flow, Sampling
 from research.errors import UserError
 from research.evaluators import samples
 from research.evaluators.samples import Drawing, Samples, draw
+from research.generation.diffusion import Flow, Sampling
 from research.models.dit import DiT
+from research.reporting import pictures
 from research.sharding import AXES
 from research.tasks.diffusion import Diffusion
 

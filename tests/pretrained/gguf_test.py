@@ -11,10 +11,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from research import assets
+from research.configuration.variants import SMOLLM2
 from research.errors import UserError
 from research.models.gpt import Decoder
 from research.pretrained import gguf, huggingface
-from research.variants import SMOLLM2
 
 MODEL = Decoder(
     vocab_size=300,

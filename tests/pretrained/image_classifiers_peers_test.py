@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from research import assets
+from research.configuration.variants import DINOV2_SMALL
 from research.pretrained import huggingface
-from research.variants import DINOV2_SMALL
 
 pytestmark = pytest.mark.peers
 

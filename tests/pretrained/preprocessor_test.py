@@ -9,7 +9,8 @@ import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
-from research import export, overrides
+from research import export
+from research.configuration import overrides
 from research.data import boxes
 from research.data.image import CenterCrop, Decode, Normalize, RandomFlip, Resize
 from research.pretrained import preprocessor

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from research.data.shapes import shapes
-from research.diffusion import Flow, Gaussian, Sampling
 from research.errors import UserError
+from research.generation.diffusion import Flow, Gaussian, Sampling
 from research.models.dit import DiT
 from research.tasks.diffusion import Diffusion
 

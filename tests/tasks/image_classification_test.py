@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from research import export, train
+from research.configuration.variants import tiny_images
 from research.errors import UserError
 from research.evaluate import restore_params
 from research.experiment import Experiment
@@ -17,7 +18,6 @@ from research.models import vit
 from research.tasks import image_classification
 from research.tasks.classification import Classification
 from research.tasks.image_classification import Distillation, ImageClassification
-from research.variants import tiny_images
 
 CLASSES = 3
 RNG = np.random.default_rng(0)
@@ -201,7 +201,7 @@ def student(teacher):
         },
     )
     result.init = {
-        "call": "research.transfer.load_params",
+        "call": "research.configuration.transfer.load_params",
         "path": str(teacher),
         "renames": [["^", "teacher/"]],
         "new": ["^(?!teacher/)"],

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from research import evaluate, overrides, train
+from research import evaluate, train
+from research.configuration import overrides
 from research.data.shapes import shapes
 from research.errors import UserError
 from research.experiment import Experiment
@@ -202,7 +203,7 @@ def test_a_pretrained_encoder_is_what_a_classifier_begins_with(tmp_path):
     trained = flax.traverse_util.flatten_dict({"encoder": params["encoder"]}, sep="/")
     for variant in ("finetune-tiny", "probe-tiny"):
         config = overrides.load(f"{CONFIG}:{variant}")
-        config.init = {"call": "research.transfer.load_params", "path": str(tmp_path)}
+        config.init = {"call": "research.configuration.transfer.load_params", "path": str(tmp_path)}
         loaded = flax.traverse_util.flatten_dict(Experiment(config).pretrained(), sep="/")
         assert {name for name, leaf in loaded.items() if leaf is None} == {"head_output/kernel", "head_output/bias"}
         assert len(trained) == len(loaded) - 2

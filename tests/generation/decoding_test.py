@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research import decoding
-from research.decoding import Decoding, Stream, beam_search, generate
 from research.errors import UserError
+from research.generation import decoding
+from research.generation.decoding import Decoding, Stream, beam_search, generate
 from research.models.bert import Encoder, MaskedLM
 from research.models.encoder_decoder import EncoderDecoder
 from research.models.gpt import Decoder

@@ -3,7 +3,7 @@
 import pytest
 
 from research.data import tokenizer
-from research.detokenizer import Detokenizer, completion
+from research.generation.detokenizer import Detokenizer, completion
 
 BYTES = tokenizer.byte_level()
 TEXT = "naïve 映画 🎬, done. STOP here"

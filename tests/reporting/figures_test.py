@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from research import figures
+from research.reporting import figures
 
 
 def rows(seed=0, steps=100):

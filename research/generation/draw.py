@@ -8,11 +8,11 @@ import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
 
-from research import pictures
 from research.build import build
 from research.errors import UserError, nearest
 from research.evaluators import samples
 from research.experiment import Experiment
+from research.reporting import pictures
 from research.task import Params
 from research.tasks.diffusion import Diffusion
 

@@ -3,12 +3,12 @@ import sys
 
 import pytest
 
-from research import allocator
+from research.runtime import allocator
 
 # Takes and gives back 64 MiB in a thread of its own, time and again, and prints how many pages the kernel had to find.
 CHURN = """
 import resource, sys, threading
-from research import allocator
+from research.runtime import allocator
 if sys.argv[1:]:
     allocator.keep()
 def churn():

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from research import assets
 from research.errors import UserError
-from research.preemption import PreemptedError
+from research.runtime.preemption import PreemptedError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers", "numpy")
 # What may differ when a run is resumed: none of it changes what is computed.

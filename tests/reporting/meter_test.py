@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from research.meter import Meter, NonFiniteError
 from research.metrics import Mean
+from research.reporting.meter import Meter, NonFiniteError
 
 
 def step(meter: Meter, number: int, total: float, count: float) -> None:

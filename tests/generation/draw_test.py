@@ -8,14 +8,16 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from research import draw, generate, main, overrides, train
-from research.diffusion import Sampling
+from research import generate, main, train
+from research.configuration import overrides
 from research.errors import UserError
+from research.generation import draw
+from research.generation.diffusion import Sampling
 from research.models.dit import DiT
 from research.pretrained import huggingface
 from research.tasks.diffusion import Diffusion
 
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "dit_fashion_mnist.py:tiny"
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "dit_fashion_mnist.py:tiny"
 TASK = Diffusion(DiT(num_classes=3, num_channels=1), label_names=("a disc", "square", "T-shirt/top"))
 LATENTS = Diffusion(DiT(num_classes=30))
 

@@ -13,7 +13,7 @@ from research.errors import UserError, nearest
 from research.evaluate import restore_params
 from research.experiment import Experiment
 from research.pretrained.huggingface import Report
-from research.record import load_config
+from research.reporting.record import load_config
 
 
 def load_params(
@@ -24,7 +24,7 @@ def load_params(
     renames: tuple[tuple[str, str], ...] = (),
     new: tuple[str, ...] = ("^head",),
 ) -> tuple[Any, Report]:
-    """Reads a run's parameters: `config.init = dict(call="research.transfer.load_params", path="runs/pretraining")`.
+    """Reads a run's parameters: `config.init = dict(call="research.configuration.transfer.load_params", path="runs/pretraining")`.
 
     Args:
       path: the run's folder.

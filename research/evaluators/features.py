@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import assets, transfer
+from research import assets
 from research.build import build
+from research.configuration import transfer
 from research.data.image import Normalize
 from research.errors import UserError
 from research.experiment import Experiment
 from research.models import inception
 from research.pretrained import weight_files
 from research.pretrained.torch_zip import Stored
-from research.record import load_config
+from research.reporting.record import load_config
 from research.task import Params
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from research import pictures
+from research.reporting import pictures
 
 IMAGE = np.zeros((28, 28, 3), np.float32)
 LONG = "Staffordshire bullterrier\nfor American Staffordshire terrier, 99 %"

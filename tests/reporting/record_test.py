@@ -3,10 +3,10 @@ import os
 
 import pytest
 
-from research import record
 from research.errors import UserError
-from research.preemption import PreemptedError
-from research.record import Record, differences, load_config, read_json, write_json
+from research.reporting import record
+from research.reporting.record import Record, differences, load_config, read_json, write_json
+from research.runtime.preemption import PreemptedError
 
 CONFIG = {"seed": 3, "optimizer": {"learning_rate": 0.1}, "log": {"every_steps": 5}, "mesh": {"data": 1}}
 

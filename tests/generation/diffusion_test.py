@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from research.diffusion import Flow, Gaussian, Sampling, bound, sample
 from research.errors import UserError
+from research.generation.diffusion import Flow, Gaussian, Sampling, bound, sample
 
 PROCESSES = {
     "linear, epsilon": Gaussian("linear", "epsilon"),

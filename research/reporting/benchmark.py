@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from research import allocator
 from research.errors import UserError
-from research.record import git_revision, write_json
+from research.reporting.record import git_revision, write_json
+from research.runtime import allocator
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(command: Sequence[object], threads: int) -> dict[str, Any]:

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from research import overrides, train
+from research import train
+from research.configuration import overrides
 from research.errors import UserError
 from research.evaluate import restore_params
+from research.evaluators.features import Inception, TrainedRun
 from research.experiment import Experiment
-from research.features import Inception, TrainedRun
 from research.models import inception
-from research.record import load_config
+from research.reporting.record import load_config
 
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "vit_fashion_mnist.py:tiny"
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "vit_fashion_mnist.py:tiny"
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ import shutil
 import pytest
 from report_test import make_run
 
-from research import ledger, report, runs
+from research import report
 from research.errors import UserError
+from research.reporting import ledger, runs
 
-PROJECT = pathlib.Path(__file__).parents[1]
+PROJECT = pathlib.Path(__file__).parents[2]
 CLAIM = """
 title = "A title"
 claim = "A claim"

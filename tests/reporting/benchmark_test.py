@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from research import benchmark
 from research.errors import UserError
+from research.reporting import benchmark
 
 
 def test_the_last_line_is_what_a_program_says_and_it_runs_on_the_cores_it_is_given(tmp_path):

@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 from tensorboardX.proto import event_pb2
 
-from research.writers import METRICS, Progress, Writer, duration, read_metrics
+from research.reporting.writers import METRICS, Progress, Writer, duration, read_metrics
 
 
 def write(workdir, steps, lines=0) -> int:
