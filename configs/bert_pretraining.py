@@ -59,7 +59,7 @@ def jane_austen(config: ConfigDict) -> ConfigDict:
     config.batch_size = 64
     config.num_steps = 4000
     config.tokenizer = dict(
-        call="research.data.tokenizer.train",
+        call="research.data.tokenizer_training.train",
         source=dict(call="research.data.source.tfds", dataset="jane_austen", split="train"),
         kind="wordpiece",
         vocab_size=4096,

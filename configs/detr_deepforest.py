@@ -74,7 +74,7 @@ def data(split: str, train: bool = False) -> dict:
         dict(call="research.data.boxes.RandomTurn"),
         dict(call="research.data.boxes.RandomCrop", least=96, most=SIZE, least_visible=0.3),
         dict(call="research.data.boxes.RandomResize", shorter=[96, 112, 128], longer=SIZE),
-        dict(call="research.data.image.ColorJitter", brightness=0.2, contrast=0.2, saturation=0.2),
+        dict(call="research.data.augmentation.ColorJitter", brightness=0.2, contrast=0.2, saturation=0.2),
     ]
     fit = [dict(call="research.data.boxes.Resize", shorter=SIZE, longer=SIZE)]
     return dict(

@@ -103,7 +103,7 @@ def scratch(config: ConfigDict) -> ConfigDict:
     config.task.label_smoothing = 0.1
     config.data.ops[0]["size"].set(64)
     config.data.ops[0]["area"] = (0.25, 1.0)
-    config.data.ops.insert(2, dict(call="research.data.image.RandAugment", layers=2, magnitude=5))
+    config.data.ops.insert(2, dict(call="research.data.augmentation.RandAugment", layers=2, magnitude=5))
     config.num_epochs = 30.0
     config.optimizer.update(learning_rate=1e-3, weight_decay=0.05)
     return config

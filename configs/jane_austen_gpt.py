@@ -59,7 +59,7 @@ def data(split: str, more: tuple[str, ...] = ()) -> dict:
 
 def bpe(config: ConfigDict) -> ConfigDict:
     config.tokenizer = dict(
-        call="research.data.tokenizer.train",
+        call="research.data.tokenizer_training.train",
         source=dict(call="research.data.source.tfds", dataset="jane_austen", split="train"),
         kind="bpe",
         vocab_size=2048,

@@ -153,8 +153,8 @@ def finetune(size: str) -> Callable[[ConfigDict], ConfigDict]:
             cutmix=1.0,
             model=classifier(size, "mean", drop_path=drop_path),
         )
-        augment = dict(call="research.data.image.RandAugment", layers=2, magnitude=9)
-        erase = dict(call="research.data.image.RandomErasing", probability=0.25)
+        augment = dict(call="research.data.augmentation.RandAugment", layers=2, magnitude=9)
+        erase = dict(call="research.data.augmentation.RandomErasing", probability=0.25)
         config.data = data("train", ("image", "label"), *crop(0.08), augment, erase)
         config.optimizer = dict(
             learning_rate=rate * 1024 / 256,

@@ -59,7 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_size = 16
     config.num_steps = 2000
     config.tokenizer = dict(
-        call="research.data.tokenizer.train",
+        call="research.data.tokenizer_training.train",
         source=documents | dict(split="train"),
         kind="bpe",
         vocab_size=8192,

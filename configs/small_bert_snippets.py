@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_size = 32
     config.num_epochs = 4.0
     config.tokenizer = dict(  # that of configs/bert_pretraining.py:jane_austen
-        call="research.data.tokenizer.train",
+        call="research.data.tokenizer_training.train",
         source=dict(call="research.data.source.tfds", dataset="jane_austen", split="train"),
         kind="wordpiece",
         vocab_size=4096,

@@ -31,7 +31,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_size = 96
     config.num_steps = 100_000
     config.tokenizer = dict(
-        call="research.data.tokenizer.train", source=source("train"), field=("en", "de"), kind="bpe", vocab_size=37_000
+        call="research.data.tokenizer_training.train",
+        source=source("train"),
+        field=("en", "de"),
+        kind="bpe",
+        vocab_size=37_000,
     )
     config.task = dict(
         call="research.tasks.seq2seq.Seq2Seq",

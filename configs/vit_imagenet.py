@@ -59,7 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
         mixup=0.2,
         model=classifier("s16"),
     )
-    augment = [dict(call="research.data.image.RandAugment", layers=2, magnitude=10)]
+    augment = [dict(call="research.data.augmentation.RandAugment", layers=2, magnitude=10)]
     set_data(config, augment, BEYER)
     config.optimizer = dict(
         learning_rate=1e-3,
@@ -146,8 +146,8 @@ def deit(config: ConfigDict) -> ConfigDict:
         call="research.models.vit.ImageClassifier", num_outputs=1000, encoder=encoder("s16", drop_path=0.1)
     )
     augment = [
-        dict(call="research.data.image.RandAugment", layers=2, magnitude=9),
-        dict(call="research.data.image.RandomErasing", probability=0.25),
+        dict(call="research.data.augmentation.RandAugment", layers=2, magnitude=9),
+        dict(call="research.data.augmentation.RandomErasing", probability=0.25),
     ]
     set_data(config, augment, DEIT)
     config.optimizer = config.optimizer.to_dict() | dict(warmup=5 / 300, weight_decay=0.05, clip_norm=None)

@@ -11,6 +11,7 @@ from typing import Any
 import typeguard
 from ml_collections import ConfigDict
 
+from research.configuration.moved import current
 from research.errors import UserError, nearest
 
 
@@ -81,6 +82,8 @@ def locate(path: str, name: str) -> Callable[..., Any]:
     module, _, attribute = str(path).rpartition(".")
     if not module:
         raise UserError(f"{name}.call: '{path}' is not written like package.module.name")
+    if current(path) != path:
+        raise UserError(f"{name}.call: '{path}' is now '{current(path)}'")
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -23,7 +23,7 @@ from research.data.tokenizer import read
 from research.errors import UserError, nearest
 from research.generation.decoding import Decoding
 from research.optimizer import Optimizer
-from research.reporting.record import read_json
+from research.reporting.record import read_config
 from research.task import Borrows, Params, Spec, Task
 
 KEYS = (
@@ -110,7 +110,7 @@ class Experiment:
         """Where the run's tokenizer is, if its record has this config's."""
         if self._workdir is None or not (self._workdir / "tokenizer").is_dir():
             return None
-        recorded = read_json(self._workdir / "config.json") or {}
+        recorded = read_config(self._workdir) or {}
         same = recorded.get("tokenizer") == self.config.to_dict().get("tokenizer")
         return self._workdir / "tokenizer" if same else None
 

@@ -19,7 +19,7 @@ from research.data.tokenizer import Tokenizer
 from research.errors import UserError, nearest
 from research.evaluate import restore_params
 from research.experiment import Experiment
-from research.generation import decoding, draw
+from research.generation import decoding, draw, sampling
 from research.generation.detokenizer import Detokenizer, completion
 from research.task import Params
 from research.tasks.diffusion import Diffusion
@@ -174,7 +174,7 @@ def _stream(experiment: Experiment, params: Params, request: Request, file: Text
     if experiment.decoding.num_beams > 1:  # which are not known to be the best ones before the end
         file.writelines(text for _, text in _completions(experiment, params, [request]))
     else:
-        stream = decoding.Stream(experiment.task.model, params, experiment.decoding, experiment.tokenizer)
+        stream = sampling.Stream(experiment.task.model, params, experiment.decoding, experiment.tokenizer)
         text = Detokenizer(_writer(experiment), experiment.decoding.stop, request.before)
         for token in stream(request.ids, _key(experiment)):
             file.write(text.add([token]))
@@ -194,7 +194,7 @@ def _completions(experiment: Experiment, params: Params, requests: Sequence[Requ
     @jax.jit
     def generate(params: Params, batch: dict[str, jax.Array], rng: jax.Array) -> jax.Array:
         rows = batch.pop("row")
-        return decoding.generate(model, params, batch, settings, tokenizer, rng, rows)
+        return sampling.generate(model, params, batch, settings, tokenizer, rng, rows)
 
     for start in range(0, len(requests), size):
         part = requests[start : start + size]

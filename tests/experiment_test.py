@@ -31,7 +31,7 @@ def get_config(vocab_size=300, records=RECORDS):
         "batch_size": 4,
         "num_steps": 2,
         "tokenizer": {
-            "call": "research.data.tokenizer.train",
+            "call": "research.data.tokenizer_training.train",
             "source": SOURCE | {"records": records},
             "kind": "wordpiece",
             "vocab_size": vocab_size,

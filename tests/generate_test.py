@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from research import generate, main, train
 from research.data import tokenizer
 from research.errors import UserError
-from research.generation import decoding
+from research.generation import sampling
 from research.generation.decoding import Decoding
 from research.generation.detokenizer import completion
 from research.models.encoder_decoder import EncoderDecoder
@@ -180,7 +180,7 @@ def test_encoder_decoders_read_the_prompt(tmp_path, capsys):
     ids = np.array([[*tokenizer.byte_level().backend.encode("hi", add_special_tokens=False).ids, 2]], np.int32)
     beams = Decoding(max_new_tokens=5, num_beams=2)
     search = jax.jit(
-        lambda params, ids: decoding.generate(model, params, {"input_ids": ids}, beams, tokenizer.byte_level())
+        lambda params, ids: sampling.generate(model, params, {"input_ids": ids}, beams, tokenizer.byte_level())
     )
     tokens = search(params, ids)
     assert capsys.readouterr().out == completion(tokenizer.byte_level(), tokens[0]) + "\n"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.generation import decoding
+from research.generation import decoding, sampling
 from research.pretrained import huggingface
 
 
@@ -22,7 +22,7 @@ def main(folder: str, batch_size: int, prompt_tokens: int, new_tokens: int, repe
 
     @jax.jit
     def cached(params, ids):
-        return decoding.generate(model, params, {"input_ids": ids}, settings)
+        return sampling.generate(model, params, {"input_ids": ids}, settings)
 
     @jax.jit
     def anew(params, ids):

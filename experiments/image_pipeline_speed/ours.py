@@ -10,8 +10,9 @@ import numpy as np
 import PIL
 from workload import BATCH_SIZE, LAYERS, MAGNITUDE, MEAN, REPEATS, SIZE, STD, WARM_BATCHES
 
+from research.data.augmentation import RandAugment
 from research.data.dataset import Dataset
-from research.data.image import DecodeRandomResizedCrop, Normalize, RandAugment, RandomFlip
+from research.data.image import DecodeRandomResizedCrop, Normalize, RandomFlip
 from research.data.source import examples
 
 

@@ -24,7 +24,9 @@ def load_params(
     renames: tuple[tuple[str, str], ...] = (),
     new: tuple[str, ...] = ("^head",),
 ) -> tuple[Any, Report]:
-    """Reads a run's parameters: `config.init = dict(call="research.configuration.transfer.load_params", path="runs/pretraining")`.
+    """Read a run's parameters.
+
+    `config.init = dict(call="research.configuration.transfer.load_params", path="runs/pretraining")`.
 
     Args:
       path: the run's folder.

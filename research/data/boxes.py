@@ -5,7 +5,7 @@ shares of the image's height and width), `label` int [n] and, if you like, `is_c
 goes with its object and is not changed: `area` is that in the file's image. Without `objects`, as where something is to
 be predicted, the image alone is changed. Usual lists of ops:
 
-  training     image.Decode, RandomFlip, RandomResize or Choose, image.ColorJitter, image.Normalize, Targets
+  training     image.Decode, RandomFlip, RandomResize or Choose, augmentation.ColorJitter, image.Normalize, Targets
   evaluation   image.Decode, Resize, image.Normalize, Targets
 """
 

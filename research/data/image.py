@@ -12,7 +12,7 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,6 @@ TURNS = {  # EXIF's orientation -> what sets the image upright
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-GREY = 128  # fills what an image moved away from
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ def decode(value: bytes | str | np.ndarray, channels: int, name: str = "", min_s
     with _reading(value, name) as image:
         if min_side:
             image.draft(None, (min_side, min_side))
-        return _array(_converted(image, channels))
+        return array_of(_converted(image, channels))
 
 
 def name_of(example: Mapping[str, Any]) -> str:
@@ -187,14 +186,16 @@ def _from_array(value: np.ndarray, channels: int, name: str) -> np.ndarray:
     if value.dtype != np.uint8 or value.ndim != 3 or value.shape[-1] not in (1, 3, 4):
         shape = f"{value.dtype} {list(value.shape)}"
         raise UserError(f"{_called(name)} is {shape}, not uint8 [height, width] or [height, width, 1, 3 or 4]")
-    return value if value.shape[-1] == channels else _array(_converted(_picture(value), channels))
+    return value if value.shape[-1] == channels else array_of(_converted(picture_of(value), channels))
 
 
-def _picture(array: np.ndarray) -> Image:
+def picture_of(array: np.ndarray) -> Image:
+    """Return an array uint8 [height, width, 1 or 3] as a PIL image."""
     return PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def _array(image: Image) -> np.ndarray:
+def array_of(image: Image) -> np.ndarray:
+    """Return a PIL image as an array uint8 [height, width, channels]."""
     array = np.asarray(image)
     return array.reshape(*array.shape[:2], -1)
 
@@ -225,7 +226,7 @@ class RandomResizedCrop:
           interpolation: "bilinear" or "bicubic", over all pixels that become one.
         """
         self.size, self.interpolation = _pair(size), _check_filter(interpolation)
-        self.area, self.ratio = _range("area", area, 1), _range("ratio", ratio)
+        self.area, self.ratio = range_of("area", area, 1), range_of("ratio", ratio)
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Returns the example with its image as uint8 [*size, channels]."""
@@ -235,7 +236,7 @@ class RandomResizedCrop:
 
     def window(self, height: int, width: int, rng: np.random.Generator) -> Window:
         """Draws a window of an image of `height` and `width` pixels."""
-        if window := _draw_window(height, width, self.area, self.ratio, rng):
+        if window := draw_window(height, width, self.area, self.ratio, rng):
             return window
         w = max(min(width, round(height * self.ratio[1])), 1)
         h = max(min(height, round(width / self.ratio[0])), 1)
@@ -243,7 +244,7 @@ class RandomResizedCrop:
         return left, top, left + w, top + h
 
 
-def _draw_window(
+def draw_window(
     height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Window | None:
     """Draws a window of an image; None where ten were too wide or too high."""
@@ -293,7 +294,7 @@ class DecodeRandomResizedCrop:
         x, y = image.width / width, image.height / height
         window = (left * x, top * y, right * x, bottom * y)
         image = image.resize(self.crop.size[::-1], FILTERS[self.crop.interpolation], window)
-        return example | {"image": _array(image)}
+        return example | {"image": array_of(image)}
 
 
 class Resize:
@@ -334,7 +335,7 @@ def resize(
     """
     if window is None and image.shape[:2] == tuple(size):
         return image
-    return _array(_picture(image).resize((size[1], size[0]), FILTERS[interpolation], window))
+    return array_of(picture_of(image).resize((size[1], size[0]), FILTERS[interpolation], window))
 
 
 class CenterCrop:
@@ -382,7 +383,7 @@ class RandomFlip:
         if image.dtype != np.uint8:
             return example | {"image": image[:, ::-1]}
         # PIL writes the pixels out anew in a third of the time in which numpy reads them backwards later.
-        return example | {"image": _array(_picture(image).transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT))}
+        return example | {"image": array_of(picture_of(image).transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT))}
 
 
 def _room(example: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
@@ -405,7 +406,8 @@ def _pair(size: Size) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _range(name: str, pair: Sequence[float], most: float = math.inf) -> tuple[float, float]:
+def range_of(name: str, pair: Sequence[float], most: float = math.inf) -> tuple[float, float]:
+    """Return the bounds of a range in (0, most], or raise UserError that calls them `name`."""
     if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
         raise UserError(f"{name}: {tuple(pair)} is not the least and the greatest of a range in (0, {most:g}]")
     return pair[0], pair[1]
@@ -418,132 +420,6 @@ def _check_filter(interpolation: str) -> str:
 
 
 # --- how it looks ---------------------------------------------------------------------------------
-
-
-class ColorJitter:
-    """Changes brightness, contrast, saturation and hue, in random order.
-
-    The first three are multiplied by a factor from [1 - x, 1 + x], not below 0; 0 leaves them as they are. Grey images
-    have neither saturation nor hue to change.
-    """
-
-    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0):
-        """Takes the greatest changes; `hue` is a share of the colour circle, at most 0.5."""
-        if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
-            raise UserError("brightness, contrast, saturation: they are at least 0; hue lies in [0, 0.5]")
-        self.factors, self.hue = (brightness, contrast, saturation), hue
-
-    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with its image's colours changed."""
-        image = _picture(example["image"])
-        factors = [rng.uniform(max(1 - x, 0), 1 + x) for x in self.factors]
-        shift = rng.uniform(-self.hue, self.hue)
-        enhance = (PIL.ImageEnhance.Brightness, PIL.ImageEnhance.Contrast, PIL.ImageEnhance.Color)
-        for i in rng.permutation(4):
-            if i == 3:
-                image = turn_hue(image, shift) if self.hue and image.mode == "RGB" else image
-            elif self.factors[i]:
-                image = enhance[i](image).enhance(factors[i])
-        return example | {"image": _array(image)}
-
-
-def turn_hue(image: Image, share: float) -> Image:
-    """Returns an image of mode RGB with every hue moved on by a share of the colour circle."""
-    hue, saturation, value = image.convert("HSV").split()
-    hue = hue.point(lambda h: (h + int(share * 255)) % 256)
-    return PIL.Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-
-
-def _enhance(kind: Callable[[Image], Any]) -> Callable[[Image, float], Image]:
-    return lambda image, strength: kind(image).enhance(1 + 0.9 * strength)
-
-
-def _affine(image: Image, *coefficients: float) -> Image:
-    """Returns an image whose pixel (x, y) is the one at (a x + b y + c, d x + e y + f)."""
-    fill = (GREY,) * len(image.getbands())
-    return image.transform(image.size, PIL.Image.Transform.AFFINE, coefficients, fillcolor=fill)
-
-
-# Cubuk 2019, section 3: what is done to an image at a strength in [-1, 1]; ranges of Cubuk 2018, table 6.
-AUGMENTATIONS: dict[str, Callable[[Image, float], Image]] = {
-    "identity": lambda image, strength: image,
-    "auto_contrast": lambda image, strength: PIL.ImageOps.autocontrast(image),
-    "equalize": lambda image, strength: PIL.ImageOps.equalize(image),
-    "rotate": lambda image, strength: image.rotate(30 * strength, fillcolor=(GREY,) * len(image.getbands())),
-    "solarize": lambda image, strength: PIL.ImageOps.solarize(image, round(256 * (1 - abs(strength)))),
-    "posterize": lambda image, strength: PIL.ImageOps.posterize(image, 8 - round(4 * abs(strength))),
-    "color": _enhance(PIL.ImageEnhance.Color),
-    "contrast": _enhance(PIL.ImageEnhance.Contrast),
-    "brightness": _enhance(PIL.ImageEnhance.Brightness),
-    "sharpness": _enhance(PIL.ImageEnhance.Sharpness),
-    "shear_x": lambda image, strength: _affine(image, 1, 0.3 * strength, 0, 0, 1, 0),
-    "shear_y": lambda image, strength: _affine(image, 1, 0, 0, 0.3 * strength, 1, 0),
-    "translate_x": lambda image, strength: _affine(image, 1, 0, 0.45 * strength * image.width, 0, 1, 0),
-    "translate_y": lambda image, strength: _affine(image, 1, 0, 0, 0, 1, 0.45 * strength * image.height),
-}
-
-
-class RandAugment:
-    """Changes images by a few of fourteen operations, drawn with replacement (Cubuk 2019).
-
-    A larger magnitude always changes more. "auto_contrast" and "equalize" have none; all others change nothing at 0.
-    Rotations, shears, translations and the factors of colour, contrast, brightness and sharpness go either way with
-    equal chance.
-    """
-
-    def __init__(self, layers: int = 2, magnitude: float = 10):
-        """Says how many operations are applied to an image, and how strongly: from 0 to 10, the greatest."""
-        if layers < 1 or not 0 <= magnitude <= 10:
-            raise UserError(f"layers, magnitude: {layers} and {magnitude}; they are at least 1, and from 0 to 10")
-        self.layers, self.magnitude = layers, magnitude
-
-    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with its image changed, in the same size."""
-        image, operations = _picture(example["image"]), tuple(AUGMENTATIONS.values())
-        for _ in range(self.layers):
-            operation, sign = operations[rng.integers(len(operations))], 2 * rng.integers(2) - 1
-            image = operation(image, sign * self.magnitude / 10)
-        return example | {"image": _array(image)}
-
-
-class RandomErasing:
-    """Replaces a random window of some images by noise (Zhong 2017, "RE-R"); the defaults are DeiT's (Touvron 2020).
-
-    It comes before `Normalize`: each value of the window is uniform from 0 to 255.
-    """
-
-    def __init__(
-        self,
-        probability: float = 0.25,
-        area: Sequence[float] = (0.02, 1 / 3),
-        ratio: Sequence[float] = (0.3, 1 / 0.3),
-    ):
-        """Says how often, and what windows.
-
-        Args:
-          probability: share of the images.
-          area: least and greatest of a window, as shares of the image's.
-          ratio: least and greatest width / height.
-        """
-        if not 0 <= probability <= 1:
-            raise UserError(f"probability: {probability} does not lie in [0, 1]")
-        self.probability, self.area, self.ratio = probability, _range("area", area, 1), _range("ratio", ratio)
-
-    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with its image, or with a copy of it that has a hole."""
-        if example["image"].dtype != np.uint8:
-            raise UserError("config.data.ops: RandomErasing comes before Normalize")
-        if rng.random() >= self.probability:
-            return example
-        image = example["image"].copy()
-        height, width = image.shape[:2]
-        window = _draw_window(height, width, self.area, self.ratio, rng)
-        if window is None:  # no such window fits into so narrow an image
-            return example
-        left, top, right, bottom = window
-        hole = image[top:bottom, left:right]
-        hole[:] = rng.integers(0, 256, hole.shape, np.uint8)
-        return example | {"image": image}
 
 
 class Normalize:

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from research.models import layers
+from research.models.attention import Attention, attention_mask
+from research.models.blocks import Block, stack
+from research.models.positions import sinusoids
 
 
 class Embeddings(nn.Module):
@@ -120,8 +123,8 @@ class Encoder(nn.Module):
             position_init=self._sinusoids if self.sinusoidal_start else kernel_init,
         )
         shared: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init}
-        self.layers = layers.Block(
-            attention=functools.partial(layers.Attention, self.num_heads, dropout=self.attention_dropout, **shared),
+        self.layers = Block(
+            attention=functools.partial(Attention, self.num_heads, dropout=self.attention_dropout, **shared),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, **shared),
             norm=functools.partial(layers.LayerNorm, self.layer_norm_epsilon, dtype=dtype),
             norm_first=False,
@@ -142,13 +145,13 @@ class Encoder(nn.Module):
         None, all attend to all.
         """
         x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, positions_BxT)
-        mask = layers.attention_mask(attention_mask_BxT, input_ids_BxT.shape[1], causal=False)
-        return layers.stack(self.layers, self.num_layers, x_BxTxD, mask=mask, unroll=self.unroll, remat=self.remat)
+        mask = attention_mask(attention_mask_BxT, input_ids_BxT.shape[1], causal=False)
+        return stack(self.layers, self.num_layers, x_BxTxD, mask=mask, unroll=self.unroll, remat=self.remat)
 
     def _sinusoids(self, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
         """Initialises positions such that those at any one distance are the same rotation apart."""
         del key
-        return self.initializer_range * 2**0.5 * layers.sinusoids(jnp.arange(shape[0]), shape[1]).astype(dtype)
+        return self.initializer_range * 2**0.5 * sinusoids(jnp.arange(shape[0]), shape[1]).astype(dtype)
 
 
 class SequenceClassifier(nn.Module):

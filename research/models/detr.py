@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.models import layers
+from research.models.attention import Attention
+from research.models.blocks import Block, every_output, stack
 from research.models.resnet import ResNet, shrink
 
 
@@ -49,7 +51,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_BxSxD: jax.Array, mask: jax.Array, position_BxSxD: jax.Array) -> jax.Array:
         """Maps [B, S, D] to [B, S, D]; positions are added to the queries and keys of every layer."""
-        return layers.stack(
+        return stack(
             self.block(name="layers"),
             self.num_layers,
             x_BxSxD,
@@ -78,7 +80,7 @@ class Decoder(nn.Module):
         What the layers work on begins with zeros; `query_QxD` are its positions.
         """
         shape = (source_BxSxD.shape[0], *query_QxD.shape)
-        hidden_LxBxQxD = layers.every_output(
+        hidden_LxBxQxD = every_output(
             self.block(name="layers"),
             self.num_layers,
             jnp.zeros(shape, source_BxSxD.dtype),
@@ -160,12 +162,12 @@ class Detr(nn.Module):
 
         def block(heads: int, width: int) -> Callable[..., nn.Module]:
             attention = functools.partial(
-                layers.Attention, heads, dropout=self.attention_dropout, dtype=dtype, kernel_init=init
+                Attention, heads, dropout=self.attention_dropout, dtype=dtype, kernel_init=init
             )
             mlp = functools.partial(
                 layers.MLP, width, self.activation, dropout=self.activation_dropout, dtype=dtype, kernel_init=init
             )
-            return functools.partial(layers.Block, attention, mlp, norm, norm_first=False, dropout=self.dropout)
+            return functools.partial(Block, attention, mlp, norm, norm_first=False, dropout=self.dropout)
 
         size: dict[str, Any] = {"unroll": self.unroll, "remat": self.remat}
         self.projection = layers.Dense(self.hidden_size, dtype=dtype, kernel_init=init)

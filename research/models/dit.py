@@ -15,6 +15,8 @@ import numpy as np
 
 from research.errors import UserError
 from research.models import layers, vit
+from research.models.attention import Attention
+from research.models.blocks import stack
 
 TIME_WAVES = 256
 _XAVIER = nn.initializers.xavier_uniform()
@@ -153,7 +155,7 @@ class DiT(nn.Module):
         condition_BxD += layers.Embedding(self.num_classes + 1, self.hidden_size, dtype, name="label")(label_B)
         condition_BxD = jax.nn.silu(condition_BxD)
         options: dict[str, Any] = {"unroll": self.unroll, "remat": self.remat}
-        x_BxNxD = layers.stack(self._block(dtype), self.num_layers, x_BxNxD, **options, condition_BxD=condition_BxD)
+        x_BxNxD = stack(self._block(dtype), self.num_layers, x_BxNxD, **options, condition_BxD=condition_BxD)
         modulation = layers.Dense(2 * self.hidden_size, dtype=dtype, kernel_init=zeros, name="modulation")
         shift, scale = jnp.split(modulation(condition_BxD), 2, axis=-1)
         features = self.patch_size**2 * self.num_channels * (2 if self.learned_variance else 1)
@@ -163,7 +165,7 @@ class DiT(nn.Module):
 
     def _block(self, dtype: Any) -> Block:
         attention = functools.partial(
-            layers.Attention,
+            Attention,
             self.num_heads,
             use_bias=self.use_bias,
             dtype=dtype,

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from research.errors import UserError, nearest
 from research.models import layers
+from research.models.attention import Attention, CacheIndex, attention_mask, between
+from research.models.blocks import Block, stack
+from research.models.positions import RelativeBias, positions, sinusoids
 
 POSITIONS = ("sinusoidal", "relative")
 
@@ -47,14 +50,14 @@ class Stack(nn.Module):
         source_mask: jax.Array | None = None,
         index: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D]; see `layers.attention_mask` for `numbers_BxS` and `index`."""
+        """Maps [B, T, D] to [B, T, D]; see `attention.attention_mask` for `numbers_BxS` and `index`."""
         length, start = x_BxTxD.shape[1], 0 if index is None else index
-        mask = layers.attention_mask(numbers_BxS, length, causal=self.causal, index=start)
+        mask = attention_mask(numbers_BxS, length, causal=self.causal, index=start)
         bias = None
         if self.relative_bias:
             keys = length if numbers_BxS is None else numbers_BxS.shape[1]
             bias = self.relative_bias(bidirectional=not self.causal, name="relative_bias")(length, keys, start)
-        x_BxTxD = layers.stack(
+        x_BxTxD = stack(
             self.block(name="layers"),
             self.num_layers,
             layers.Dropout(self.dropout, name="dropout")(x_BxTxD),
@@ -152,9 +155,9 @@ class EncoderDecoder(nn.Module):
         stack = functools.partial(
             Stack,
             functools.partial(
-                layers.Block,
+                Block,
                 attention=functools.partial(
-                    layers.Attention,
+                    Attention,
                     self.num_heads,
                     head_width=self.head_width,
                     use_bias=self.use_bias,
@@ -179,7 +182,7 @@ class EncoderDecoder(nn.Module):
             ),
             norm=norm if self.norm_first else None,
             relative_bias=functools.partial(
-                layers.RelativeBias, self.num_heads, self.relative_buckets, self.relative_max_distance
+                RelativeBias, self.num_heads, self.relative_buckets, self.relative_max_distance
             )
             if relative
             else None,
@@ -195,7 +198,7 @@ class EncoderDecoder(nn.Module):
             self.head = layers.Dense(self.vocab_size, False, dtype, kernel_init)
         if self.logits_bias:
             self.head_bias = self.param("head_bias", nn.initializers.zeros, (self.vocab_size,), jnp.float32)
-        self.cache_index = layers.CacheIndex()
+        self.cache_index = CacheIndex()
 
     def __call__(
         self,
@@ -223,7 +226,7 @@ class EncoderDecoder(nn.Module):
         attention_mask_BxS: jax.Array | None = None,
         positions_BxS: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, S] to [B, S, D]; see `layers.attention_mask` for the numbers in the mask."""
+        """Maps token ids int32 [B, S] to [B, S, D]; see `attention.attention_mask` for the numbers in the mask."""
         x_BxSxD = self._embed(input_ids_BxS, attention_mask_BxS, positions_BxS, 0)
         return self.encoder(x_BxSxD, attention_mask_BxS)
 
@@ -256,7 +259,7 @@ class EncoderDecoder(nn.Module):
             numbers_BxT = jnp.ones(decoder_input_ids_BxT.shape, attention_mask_BxS.dtype)
             if decoder_attention_mask_BxT is not None:
                 numbers_BxT = jax.lax.dynamic_slice_in_dim(decoder_attention_mask_BxT, start, length, 1)
-            source_mask = layers.between(numbers_BxT, attention_mask_BxS)
+            source_mask = between(numbers_BxT, attention_mask_BxS)
         return self.decoder(
             x_BxTxD,
             decoder_attention_mask_BxT,
@@ -297,5 +300,5 @@ class EncoderDecoder(nn.Module):
         if self.positions == "relative":
             return x_BxTxD
         if positions_BxT is None:
-            positions_BxT = layers.positions(numbers_BxS, input_ids_BxT.shape, start)
-        return x_BxTxD + layers.sinusoids(positions_BxT, self.hidden_size).astype(self.dtype)
+            positions_BxT = positions(numbers_BxS, input_ids_BxT.shape, start)
+        return x_BxTxD + sinusoids(positions_BxT, self.hidden_size).astype(self.dtype)

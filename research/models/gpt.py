@@ -13,6 +13,9 @@ import jax.numpy as jnp
 
 from research.errors import UserError, nearest
 from research.models import layers
+from research.models.attention import Attention, CacheIndex, attention_mask
+from research.models.blocks import Block, stack
+from research.models.positions import positions, rotary_angles
 
 POSITIONS = ("learned", "rotary")
 
@@ -31,7 +34,7 @@ class Decoder(nn.Module):
       max_positions: the longest sequence that there are learned positions for.
       positions: "learned" or "rotary".
       rope_theta: base of the rotary wavelengths.
-      rope_scaling: see `layers.rotary_angles`.
+      rope_scaling: see `positions.rotary_angles`.
       norm: "layer" or "rms", before each part of a block and at the end.
       norm_epsilon: of every norm.
       activation: of the MLP, by its Hugging Face name.
@@ -101,9 +104,9 @@ class Decoder(nn.Module):
         if self.positions == "learned":
             self.position = table(self.max_positions)
         self.drop = layers.Dropout(self.dropout)
-        self.layers = layers.Block(
+        self.layers = Block(
             attention=functools.partial(
-                layers.Attention,
+                Attention,
                 self.num_heads,
                 self.num_kv_heads,
                 self.head_width,
@@ -122,7 +125,7 @@ class Decoder(nn.Module):
         self.norm_out = norm()
         if not self.tie_embeddings:
             self.head = layers.Dense(self.vocab_size, False, dtype, kernel_init)
-        self.cache_index = layers.CacheIndex()
+        self.cache_index = CacheIndex()
 
     def __call__(
         self,
@@ -147,7 +150,7 @@ class Decoder(nn.Module):
         Args:
           input_ids_BxT: tokens.
           attention_mask_BxS: 0 at padding, which may come first or last; tokens attend to earlier ones of their own
-            number, see `layers.attention_mask`. S is T, or the size of the cache, where the places of tokens that are
+            number, see `attention_mask`. S is T, or the size of the cache, where the places of tokens that are
             still to come hold 1 already.
           positions_BxT: positions; where they are None tokens are counted, but for padding.
         """
@@ -155,16 +158,16 @@ class Decoder(nn.Module):
         index = self.cache_index(length)
         start = 0 if index is None else index
         if positions_BxT is None:
-            positions_BxT = layers.positions(attention_mask_BxS, input_ids_BxT.shape, start)
+            positions_BxT = positions(attention_mask_BxS, input_ids_BxT.shape, start)
         x_BxTxD = self.word(input_ids_BxT) * jnp.asarray(self.embedding_scale, self.dtype)
         rotary = None
         if self.positions == "learned":
             x_BxTxD += self.position(positions_BxT)
         else:
             width = self.head_width or self.hidden_size // self.num_heads
-            rotary = layers.rotary_angles(positions_BxT, width, self.rope_theta, self.rope_scaling)
-        mask = layers.attention_mask(attention_mask_BxS, length, causal=True, index=start, window=self.sliding_window)
-        x_BxTxD = layers.stack(
+            rotary = rotary_angles(positions_BxT, width, self.rope_theta, self.rope_scaling)
+        mask = attention_mask(attention_mask_BxS, length, causal=True, index=start, window=self.sliding_window)
+        x_BxTxD = stack(
             self.layers,
             self.num_layers,
             self.drop(x_BxTxD),

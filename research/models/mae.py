@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.models import layers, vit
+from research.models.attention import Attention
+from research.models.blocks import Block, stack
 
 
 class MaskedAutoencoder(nn.Module):
@@ -146,7 +148,7 @@ class Decoder(nn.Module):
         patches_BxNxE = jnp.where((rank_BxN < count)[..., None], placed_BxNxE, mask_token_E)
         patches_BxNxE += jnp.asarray(vit.sinusoids_2d(*shape, self.hidden_size), dtype)
         x_BxTxE = jnp.concatenate([prefix_BxPxE, patches_BxNxE], axis=1)
-        x_BxTxE = layers.stack(self._block(init), self.num_layers, x_BxTxE, unroll=self.unroll, remat=self.remat)
+        x_BxTxE = stack(self._block(init), self.num_layers, x_BxTxE, unroll=self.unroll, remat=self.remat)
         x_BxTxE = layers.LayerNorm(self.layer_norm_epsilon, dtype, name="norm")(x_BxTxE)
         return dense(self.num_outputs, name="predict")(x_BxTxE[:, prefix_tokens:])
 
@@ -155,9 +157,9 @@ class Decoder(nn.Module):
         norm: Callable[..., nn.Module] = functools.partial(
             layers.LayerNorm, self.layer_norm_epsilon, dtype=shared["dtype"]
         )
-        return layers.Block(
+        return Block(
             attention=functools.partial(
-                layers.Attention, self.num_heads, use_bias=self.use_bias, dropout=self.attention_dropout, **shared
+                Attention, self.num_heads, use_bias=self.use_bias, dropout=self.attention_dropout, **shared
             ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, self.gated, **shared),
             norm=norm,

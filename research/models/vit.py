@@ -14,6 +14,8 @@ import numpy as np
 
 from research.errors import UserError, nearest
 from research.models import layers
+from research.models.attention import Attention
+from research.models.blocks import Block, stack
 
 
 class Patches(nn.Module):
@@ -123,8 +125,8 @@ class Encoder(nn.Module):
       gated: whether the MLP is gated.
       use_bias: of the projections to queries, keys and values.
       layer_norm_epsilon: of every norm.
-      layer_scale: see `layers.Block`.
-      drop_path: see `layers.Block`.
+      layer_scale: see `blocks.Block`.
+      drop_path: see `blocks.Block`.
       dropout: after the embeddings and before each residual sum.
       attention_dropout: on the attention weights.
       initializer_range: standard deviation of the normal initialisation of kernels, tokens and positions.
@@ -169,9 +171,9 @@ class Encoder(nn.Module):
         self.drop = layers.Dropout(self.dropout, name="dropout")
         shared: dict[str, Any] = {"dtype": dtype, "kernel_init": init}
         norm: Callable[..., nn.Module] = functools.partial(layers.LayerNorm, self.layer_norm_epsilon, dtype=dtype)
-        self.layers = layers.Block(
+        self.layers = Block(
             attention=functools.partial(
-                layers.Attention, self.num_heads, use_bias=self.use_bias, dropout=self.attention_dropout, **shared
+                Attention, self.num_heads, use_bias=self.use_bias, dropout=self.attention_dropout, **shared
             ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, self.gated, **shared),
             norm=norm,
@@ -209,7 +211,7 @@ class Encoder(nn.Module):
 
     def encode(self, x_BxTxD: jax.Array) -> jax.Array:
         """Maps embedded tokens, all or some of them, [B, T, D], to hidden states [B, T, D], normalised."""
-        x_BxTxD = layers.stack(self.layers, self.num_layers, self.drop(x_BxTxD), unroll=self.unroll, remat=self.remat)
+        x_BxTxD = stack(self.layers, self.num_layers, self.drop(x_BxTxD), unroll=self.unroll, remat=self.remat)
         return self.norm(x_BxTxD)
 
 

@@ -3,19 +3,16 @@
 The rest of `pretrained` sees such a file as a Hugging Face folder: `config` is its config.json, `tensors` its weights.
 """
 
-import functools
 import pathlib
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
-import tokenizers
 from gguf import quants
-from tokenizers import decoders, models, pre_tokenizers, processors
 
-from research.errors import UserError, nearest
+from research.data.gguf import read
+from research.errors import UserError
 from research.pretrained.torch_zip import Stored
 
 ARCHITECTURE = "llama"
@@ -54,35 +51,6 @@ _TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_CONTROL, _USER_DEFINED = 3, 4  # types of tokens
-# How text is cut before byte pairs are merged, by the name that a file gives it.
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-}
-
-
-class Vocabulary(NamedTuple):
-    """The tokenizer in a file.
-
-    Attributes:
-      backend: what makes ids of a text.
-      pad_id: the id that fills a batch up.
-      specials: role (bos, eos, unk) -> token, for those that the file names.
-      chat_template: Jinja, as Transformers has them; None where there is none.
-    """
-
-    backend: tokenizers.Tokenizer
-    pad_id: int
-    specials: dict[str, str]
-    chat_template: str | None
-
-
-def is_file(path: pathlib.Path) -> bool:
-    """Says whether `path` is a file of this format, by its name."""
-    return path.suffix == ".gguf" and path.is_file()
 
 
 def config(path: pathlib.Path) -> dict[str, Any]:
@@ -91,7 +59,7 @@ def config(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: the file is damaged, of another architecture, or asks for what is not implemented.
     """
-    reader = _read(path)
+    reader = read(path)
     held = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     if held.get("general.architecture") != ARCHITECTURE:
         raise UserError(
@@ -144,66 +112,12 @@ def tensors(path: pathlib.Path) -> dict[str, Stored]:
         return Stored(tuple(int(size) for size in reversed(tensor.shape)), np.dtype(np.float32), read)
 
     result = {}
-    for tensor in _read(path).tensors:
+    for tensor in read(path).tensors:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
         layer, part, kind = match.groups() if match else (None, "", "")
         name = f"{_TENSORS[part]}.{kind}" if part in _TENSORS else tensor.name
         result[name if layer is None else f"model.layers.{layer}.{name}"] = stored(tensor, part)
     return result
-
-
-def tokenizer(path: pathlib.Path) -> Vocabulary:
-    """Returns the tokenizer in a file.
-
-    Raises:
-      UserError: it is not of byte pairs, or cuts texts in a way that is not implemented.
-    """
-    fields = _read(path).fields
-    held = {
-        name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents()
-        for name, field in fields.items()
-        if name.startswith("tokenizer.")
-    }
-    if held.get("model") != "gpt2":
-        raise UserError(
-            f"{path} has a tokenizer of the kind '{held.get('model')}', of which only 'gpt2' is implemented"
-        )
-    cut = held.get("pre", "")
-    if cut not in _PRE_TOKENIZERS:
-        raise UserError(f"{path} has the unknown pre-tokenizer '{cut}'{nearest(cut, _PRE_TOKENIZERS)}")
-    tokens = held["tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in held["merges"]]
-    backend = tokenizers.Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = _PRE_TOKENIZERS[cut]()
-    backend.decoder = decoders.ByteLevel()
-    types = held.get("token_type", [])
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        named = [token for token, its in zip(tokens, types) if its == kind]
-        backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False) for token in named])
-    ids = {role: held.get(f"{name}_token_id") for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"))}
-    specials = {role: tokens[id] for role, id in ids.items() if id is not None}
-    ends = {role: specials[role] for role in ("bos", "eos") if held.get(f"add_{role}_token") and role in specials}
-    if ends:
-        template = [ends.get("bos"), "$A", ends.get("eos")]
-        backend.post_processor = processors.TemplateProcessing(
-            single=[part for part in template if part],
-            special_tokens=[(token, tokens.index(token)) for token in ends.values()],
-        )
-    pad_id = held.get("padding_token_id", ids["eos"])
-    return Vocabulary(backend, 0 if pad_id is None else int(pad_id), specials, held.get("chat_template"))
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(path: pathlib.Path, changed: int) -> gguf.GGUFReader:
-    # Finding its way through a vocabulary takes the reader seconds, so that the last file stays open.
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _read(path: pathlib.Path) -> gguf.GGUFReader:
-    return _opened(path, path.stat().st_mtime_ns)
 
 
 def _check(path: pathlib.Path, options: dict[str, Any], names: set[str]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 import research.pretrained
 from research import assets
+from research.data import gguf as gguf_file
 from research.errors import UserError, nearest
 from research.pretrained import gguf, onnx, weight_files
 from research.pretrained.family import Family, Kind, Tensor, override
@@ -198,7 +199,7 @@ def save(
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    if gguf.is_file(folder):
+    if gguf_file.is_file(folder):
         return gguf.config(folder)
     if onnx.is_file(folder):
         return onnx.config(folder)

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from research.data import gguf as gguf_file
 from research.errors import UserError
 from research.pretrained import gguf, onnx, torch_zip
 from research.pretrained.torch_zip import Stored
@@ -24,7 +25,7 @@ def read(folder: pathlib.Path) -> dict[str, Stored]:
     Raises:
       UserError: there is neither, or a shard that the index names is missing, or a file is damaged.
     """
-    if gguf.is_file(folder):
+    if gguf_file.is_file(folder):
         return gguf.tensors(folder)
     if onnx.is_file(folder):
         return onnx.tensors(folder)

@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from research import assets
+from research.configuration.moved import current_config
 from research.errors import UserError
 from research.runtime.preemption import PreemptedError
 
@@ -37,7 +38,7 @@ class Record:
           config: resolved, as JSON.
         """
         self._path, self._config = workdir, config
-        stored = read_json(workdir / "config.json")
+        stored = read_config(workdir)
         if stored is not None and any((workdir / "checkpoints").glob("[0-9]*")):
             for key, old, new in differences(stored, config):
                 if key.split(".")[0] not in FREE_TO_CHANGE:
@@ -94,10 +95,15 @@ class Record:
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
     """Returns the config of the run in a folder."""
-    config = read_json(workdir / "config.json")
+    config = read_config(workdir)
     if config is None:
         raise UserError(f"--workdir: {workdir} holds no run (it has no config.json)")
     return ConfigDict(config)
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Return the config of the run in a folder as JSON, with today's dotted paths; None where there is no run."""
+    return current_config(read_json(workdir / "config.json"))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

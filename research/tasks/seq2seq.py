@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from research.data.tokenizer import Tokenizer
-from research.generation.decoding import Decoding, generate
+from research.generation.decoding import Decoding
 from research.generation.detokenizer import completion
+from research.generation.sampling import generate
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
 from research.tasks import tokens

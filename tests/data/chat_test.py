@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from research.data import chat, tokenizer
+from research.data import chat, tokenizer, tokenizer_training
 from research.data.chat import ChatTokens
 from research.data.source import examples
 from research.errors import UserError
@@ -28,7 +28,7 @@ TEMPLATES = {
 @pytest.fixture(scope="module")
 def tokens():
     source = examples([{"text": f"{message['content']} user assistant system"} for message in MESSAGES * 4])
-    return tokenizer.train(source, "bpe", 320, special_tokens=("<|im_start|>", "<|im_end|>"))
+    return tokenizer_training.train(source, "bpe", 320, special_tokens=("<|im_start|>", "<|im_end|>"))
 
 
 def answers(tokens, made):

@@ -11,7 +11,7 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 
-from research.data import image
+from research.data import augmentation, image
 from research.data.dataset import Dataset
 from research.data.source import examples
 from research.errors import UserError
@@ -292,13 +292,13 @@ NO_MAGNITUDE = ("auto_contrast", "equalize")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", image.AUGMENTATIONS)
+@pytest.mark.parametrize("name", augmentation.AUGMENTATIONS)
 def test_augmentations(name, channels):
     array = smooth(40, 60, channels) // 2 + noise(40, 60, channels) // 8 + 50
-    picture = image._picture(array)
+    picture = image.picture_of(array)
 
     def change(strength):
-        found = image._array(image.AUGMENTATIONS[name](picture, strength))
+        found = image.array_of(augmentation.AUGMENTATIONS[name](picture, strength))
         assert found.shape == array.shape
         assert found.dtype == np.uint8
         return found.astype(int)
@@ -315,7 +315,8 @@ def test_augmentations(name, channels):
 
 def test_augmentations_do_what_they_are_called():
     array = smooth(40, 60)
-    changed = {name: image._array(op(image._picture(array), 1.0)) for name, op in image.AUGMENTATIONS.items()}
+    picture = image.picture_of(array)
+    changed = {name: image.array_of(op(picture, 1.0)) for name, op in augmentation.AUGMENTATIONS.items()}
     np.testing.assert_array_equal(changed["solarize"], 255 - array)
     np.testing.assert_array_equal(changed["posterize"], array & 0xF0)
     np.testing.assert_array_equal(changed["brightness"], (array * 1.9).clip(0, 255).astype(np.uint8))
@@ -331,11 +332,11 @@ def test_augmentations_do_what_they_are_called():
 
 def test_rand_augment_draws_all_and_keeps_the_size(monkeypatch):
     calls = []
-    spies = {name: lambda x, s, name=name: calls.append((name, s)) or x for name in image.AUGMENTATIONS}
+    spies = {name: lambda x, s, name=name: calls.append((name, s)) or x for name in augmentation.AUGMENTATIONS}
     monkeypatch.setattr(image, "AUGMENTATIONS", spies)
     array, random = noise(8, 8), rng()
     for _ in range(700):
-        np.testing.assert_array_equal(image.RandAugment(2, 5)({"image": array}, random)["image"], array)
+        np.testing.assert_array_equal(augmentation.RandAugment(2, 5)({"image": array}, random)["image"], array)
     assert len(calls) == 1400
     counts = {name: sum(n == name for n, _ in calls) for name in spies}
     assert min(counts.values()) > 65  # of 100
@@ -346,28 +347,30 @@ def test_rand_augment_draws_all_and_keeps_the_size(monkeypatch):
 def test_rand_augment_at_magnitude_0_changes_no_more_than_contrast():
     full = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)  # equalised, and of full contrast already
     for seed in range(60):
-        np.testing.assert_array_equal(apply(image.RandAugment(3, 0), full, seed), full)
+        np.testing.assert_array_equal(apply(augmentation.RandAugment(3, 0), full, seed), full)
 
 
 def test_color_jitter():
     array = smooth(20, 20) // 2
-    np.testing.assert_array_equal(apply(image.ColorJitter(), array), array)
-    brighter = [apply(image.ColorJitter(brightness=0.5), array, seed).mean() / array.mean() for seed in range(200)]
+    np.testing.assert_array_equal(apply(augmentation.ColorJitter(), array), array)
+    brighter = [
+        apply(augmentation.ColorJitter(brightness=0.5), array, seed).mean() / array.mean() for seed in range(200)
+    ]
     assert min(brighter) == pytest.approx(0.5, abs=0.03)
     assert 1.35 < max(brighter) <= 1.5
     assert np.mean(brighter) == pytest.approx(1, abs=0.06)
     grey = noise(8, 8, 1)
-    np.testing.assert_array_equal(apply(image.ColorJitter(saturation=1, hue=0.5), grey), grey)
+    np.testing.assert_array_equal(apply(augmentation.ColorJitter(saturation=1, hue=0.5), grey), grey)
     for seed in range(5):  # hue moves colours on their circle, and leaves how bright they are
-        turned = apply(image.ColorJitter(hue=0.5), array, seed)
+        turned = apply(augmentation.ColorJitter(hue=0.5), array, seed)
         assert abs(turned.max(-1).astype(int) - array.max(-1)).max() <= 1
     red = PIL.Image.new("RGB", (1, 1), (255, 0, 0))
-    assert np.asarray(image.turn_hue(red, 1 / 3))[0, 0].argmax() == 1
-    assert np.asarray(image.turn_hue(red, -1 / 3))[0, 0].argmax() == 2
+    assert np.asarray(augmentation.turn_hue(red, 1 / 3))[0, 0].argmax() == 1
+    assert np.asarray(augmentation.turn_hue(red, -1 / 3))[0, 0].argmax() == 2
 
 
 def test_random_erasing():
-    array, random, op = np.full((40, 50, 3), 7, np.uint8), rng(), image.RandomErasing(0.25)
+    array, random, op = np.full((40, 50, 3), 7, np.uint8), rng(), augmentation.RandomErasing(0.25)
     erased, shares = 0, []
     for _ in range(800):
         found = op({"image": array}, random)["image"]
@@ -385,9 +388,9 @@ def test_random_erasing():
     assert 0.01 < min(shares) < 0.06
     assert 0.28 < max(shares) < 0.36
     assert (array == 7).all()  # the example's own is left alone
-    assert (apply(image.RandomErasing(0.0), array) == 7).all()
+    assert (apply(augmentation.RandomErasing(0.0), array) == 7).all()
     with pytest.raises(UserError, match="RandomErasing comes before Normalize"):
-        apply(image.RandomErasing(), array.astype(np.float32))
+        apply(augmentation.RandomErasing(), array.astype(np.float32))
 
 
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
@@ -408,9 +411,9 @@ def test_normalize(mean, std):
         (lambda: image.RandomResizedCrop(8, area=(0.5, 2)), "area: "),
         (lambda: image.RandomResizedCrop(8, ratio=(2, 1)), "ratio: "),
         (lambda: image.Resize(8, "cubic"), "interpolation: no 'cubic'; did you mean 'bicubic'"),
-        (lambda: image.RandAugment(2, 11), "magnitude: 2 and 11"),
-        (lambda: image.ColorJitter(hue=0.6), r"hue lies in \[0, 0.5\]"),
-        (lambda: image.RandomErasing(1.5), "probability: 1.5"),
+        (lambda: augmentation.RandAugment(2, 11), "magnitude: 2 and 11"),
+        (lambda: augmentation.ColorJitter(hue=0.6), r"hue lies in \[0, 0.5\]"),
+        (lambda: augmentation.RandomErasing(1.5), "probability: 1.5"),
     ],
 )
 def test_settings_that_are_wrong(make, message):
@@ -423,9 +426,9 @@ def test_settings_that_are_wrong(make, message):
 AUGMENT = (
     image.DecodeRandomResizedCrop(16),
     image.RandomFlip(),
-    image.RandAugment(2, 10),
-    image.ColorJitter(0.4, 0.4, 0.4, 0.1),
-    image.RandomErasing(0.5),
+    augmentation.RandAugment(2, 10),
+    augmentation.ColorJitter(0.4, 0.4, 0.4, 0.1),
+    augmentation.RandomErasing(0.5),
     image.RandomCrop(16, padding=2),
     image.Normalize(),
 )
@@ -516,10 +519,10 @@ def test_operations_are_those_of_torchvision():
     }
     for name, (op, magnitude) in theirs.items():
         expected = np.asarray(_apply_op(picture, op, magnitude, nearest, [128.0] * 3))
-        np.testing.assert_array_equal(np.asarray(image.AUGMENTATIONS[name](picture, 1.0)), expected, name)
+        np.testing.assert_array_equal(np.asarray(augmentation.AUGMENTATIONS[name](picture, 1.0)), expected, name)
     for share in (-0.4, 0.1, 0.3):
         expected = np.asarray(F.adjust_hue(picture, share))
-        np.testing.assert_array_equal(np.asarray(image.turn_hue(picture, share)), expected)
+        np.testing.assert_array_equal(np.asarray(augmentation.turn_hue(picture, share)), expected)
     for size in (16, 33, 80):
         expected = np.asarray(F.resize(picture, size))
         np.testing.assert_array_equal(image.Resize(size)({"image": array})["image"], expected)

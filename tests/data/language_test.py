@@ -4,7 +4,7 @@ import inspect
 import numpy as np
 import pytest
 
-from research.data import language, tokenizer
+from research.data import language, tokenizer, tokenizer_training
 from research.data.source import examples
 from research.errors import UserError
 
@@ -21,12 +21,12 @@ DTYPES = {"input_ids": np.int32, "targets": np.int32, "target_mask": np.float32,
 @pytest.fixture(scope="module")
 def tokenizers():
     source = examples([{"text": text} for text in DOCUMENTS] * 3)
-    made = {kind: tokenizer.train(source, kind, 340, sentinels=30) for kind in tokenizer.KINDS}
-    made["fallback"] = tokenizer.train(source, "unigram", 420, byte_fallback=True)
+    made = {kind: tokenizer_training.train(source, kind, 340, sentinels=30) for kind in tokenizer_training.KINDS}
+    made["fallback"] = tokenizer_training.train(source, "unigram", 420, byte_fallback=True)
     return made | {"bytes": tokenizer.byte_level(sentinels=30)}
 
 
-KINDS = (*tokenizer.KINDS, "fallback", "bytes")
+KINDS = (*tokenizer_training.KINDS, "fallback", "bytes")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from research.data import tokenizer
+from research.data import tokenizer, tokenizer_training
 from research.data.source import examples
 from research.errors import UserError
 
@@ -35,10 +35,10 @@ def corpus(count=300, seed=0):
     return examples([{"text": sentence() + ".", "other": "zzz qqq zzz qqq"} for _ in range(count)])
 
 
-@pytest.fixture(scope="module", params=tokenizer.KINDS)
+@pytest.fixture(scope="module", params=tokenizer_training.KINDS)
 def trained(request):
     options = {"byte_fallback": True, "vocab_size": 600} if request.param == "unigram" else {"vocab_size": 400}
-    return tokenizer.train(corpus(), request.param, sentinels=3, special_tokens=("<|im_end|>",), **options)
+    return tokenizer_training.train(corpus(), request.param, sentinels=3, special_tokens=("<|im_end|>",), **options)
 
 
 def test_trained(trained):
@@ -53,11 +53,11 @@ def test_trained(trained):
 
 
 def test_kinds_have_their_special_tokens():
-    bpe = tokenizer.train(corpus(20), "bpe", 300)
+    bpe = tokenizer_training.train(corpus(20), "bpe", 300)
     assert bpe.bos_id == bpe.eos_id == bpe.pad_id == 0
     assert bpe.backend.id_to_token(0) == "<|endoftext|>"
     assert (bpe.cls_id, bpe.mask_id, bpe.unk_id) == (None, None, None)
-    wordpiece = tokenizer.train(corpus(20), "wordpiece", 120, lowercase=True)
+    wordpiece = tokenizer_training.train(corpus(20), "wordpiece", 120, lowercase=True)
     roles = [wordpiece.pad_id, wordpiece.unk_id, wordpiece.cls_id, wordpiece.sep_id, wordpiece.mask_id]
     assert roles == [0, 1, 2, 3, 4]
     assert (wordpiece.bos_id, wordpiece.eos_id) == (2, 3)
@@ -65,7 +65,7 @@ def test_kinds_have_their_special_tokens():
     assert (pair.tokens[0], pair.tokens[-1]) == ("[CLS]", "[SEP]")
     assert set(pair.type_ids) == {0, 1}
     assert wordpiece.decode(pair.ids) == "walks uber talk"
-    unigram = tokenizer.train(corpus(20), "unigram", 100)
+    unigram = tokenizer_training.train(corpus(20), "unigram", 100)
     assert [unigram.pad_id, unigram.eos_id, unigram.unk_id, unigram.bos_id] == [0, 1, 2, None]
     assert unigram.backend.encode("walks").tokens[-1] == "</s>"
     assert 2 in unigram.backend.encode("映").ids
@@ -75,7 +75,7 @@ def test_kinds_have_their_special_tokens():
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_text_comes_back(kind):
     options = {"byte_fallback": True, "vocab_size": 400} if kind == "unigram" else {"vocab_size": 400}
-    trained = tokenizer.train(corpus(), kind, **options)
+    trained = tokenizer_training.train(corpus(), kind, **options)
     for text in ("naïve café — 映画 🎬 <b>", "x y"):
         assert trained.decode(trained.backend.encode(text, add_special_tokens=False).ids) == text
     if kind == "bpe":
@@ -84,7 +84,7 @@ def test_text_comes_back(kind):
 
 
 def fingerprints():
-    trained = [tokenizer.train(corpus(), kind, 300).backend.to_str() for kind in tokenizer.KINDS]
+    trained = [tokenizer_training.train(corpus(), kind, 300).backend.to_str() for kind in tokenizer_training.KINDS]
     return [hashlib.sha256(text.encode()).hexdigest() for text in trained]
 
 
@@ -99,14 +99,14 @@ def test_the_same_text_gives_the_same_tokenizer():
 
 
 def test_all_fields_and_all_examples_are_read(capsys):
-    both = tokenizer.train(corpus(), "bpe", 300, field=("text", "other"))
+    both = tokenizer_training.train(corpus(), "bpe", 300, field=("text", "other"))
     assert "Ġqqq" in both.backend.get_vocab()
     assert "training a bpe tokenizer on 300 examples: 300 tokens" in capsys.readouterr().err
-    assert "Ġqqq" not in tokenizer.train(corpus(), "bpe", 300).backend.get_vocab()
+    assert "Ġqqq" not in tokenizer_training.train(corpus(), "bpe", 300).backend.get_vocab()
     last = examples([{"text": "a b c"}] * 99 + [{"text": "zebra zebra zebra"}])
-    assert "zebra" in tokenizer.train(last, "bpe", 270).backend.get_vocab()
-    assert "zebra" in tokenizer.train(last, "bpe", 270, max_examples=2).backend.get_vocab()
-    lowercase = tokenizer.train(examples([{"text": "LOUD loud"}] * 5), "bpe", 270, lowercase=True)
+    assert "zebra" in tokenizer_training.train(last, "bpe", 270).backend.get_vocab()
+    assert "zebra" in tokenizer_training.train(last, "bpe", 270, max_examples=2).backend.get_vocab()
+    lowercase = tokenizer_training.train(examples([{"text": "LOUD loud"}] * 5), "bpe", 270, lowercase=True)
     assert lowercase.backend.encode("Loud LOUD").tokens == ["loud", "Ġloud"]
 
 
@@ -125,14 +125,14 @@ def test_all_fields_and_all_examples_are_read(capsys):
 )
 def test_mistakes(options, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        tokenizer.train(corpus(30), **options)
+        tokenizer_training.train(corpus(30), **options)
 
 
 def test_a_text_that_is_missing_later_and_no_text():
     with pytest.raises(UserError, match="has no text 'text'"):
-        tokenizer.train(examples([{"text": "a"}, {"text": "b"}, {"text": 3}]), "bpe", 300)
+        tokenizer_training.train(examples([{"text": "a"}, {"text": "b"}, {"text": 3}]), "bpe", 300)
     with pytest.raises(UserError, match="source: there is no text"):
-        tokenizer.train(examples([]), "bpe", 300)
+        tokenizer_training.train(examples([]), "bpe", 300)
 
 
 def described(tokens):
@@ -179,7 +179,7 @@ def test_bytes(tmp_path):
 
 def merges_folder(folder, roberta):
     """Writes vocab.json and merges.txt as GPT-2 and RoBERTa have them."""
-    trained = tokenizer.train(corpus(), "bpe", 300)
+    trained = tokenizer_training.train(corpus(), "bpe", 300)
     trained.backend.model.save(str(folder))
     if roberta:
         vocabulary = json.loads((folder / "vocab.json").read_text())

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.generation.decoding import Decoding, beam_search, generate, warp
+from research.generation.beam_search import beam_search
+from research.generation.decoding import Decoding
+from research.generation.sampling import generate, warp
 from research.models.encoder_decoder import EncoderDecoder
 from research.models.gpt import Decoder
 from research.pretrained import huggingface

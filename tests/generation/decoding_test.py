@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.generation import decoding
-from research.generation.decoding import Decoding, Stream, beam_search, generate
+from research.generation import decoding, sampling
+from research.generation.beam_search import beam_search
+from research.generation.decoding import Decoding
+from research.generation.sampling import Stream, generate
 from research.models.bert import Encoder, MaskedLM
 from research.models.encoder_decoder import EncoderDecoder
 from research.models.gpt import Decoder
@@ -177,7 +179,7 @@ def test_a_stream_gives_the_same_tokens(name, settings):
 def test_samples_follow_the_probabilities():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     keys = jax.random.split(jax.random.key(0), 4000)
-    warped = decoding.warp(logits, Decoding(temperature=1.0, top_p=0.9))
+    warped = sampling.warp(logits, Decoding(temperature=1.0, top_p=0.9))
     drawn = np.bincount(jax.vmap(lambda key: jax.random.categorical(key, warped[0]))(keys), minlength=4) / 4000
     np.testing.assert_allclose(drawn, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03)
 
@@ -190,7 +192,7 @@ def softmax(x):
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.75, 0.99])
 def test_top_p_keeps_the_fewest_tokens_with_that_mass(p):
     for row in np.random.default_rng(1).normal(scale=3, size=(8, 50)).astype(np.float32):
-        kept = np.isfinite(np.asarray(decoding.keep_top_p(jnp.array([row]), p))[0])
+        kept = np.isfinite(np.asarray(sampling.keep_top_p(jnp.array([row]), p))[0])
         order = np.argsort(-row)
         assert kept[order].tolist() == sorted(kept[order].tolist(), reverse=True)
         mass, count = np.cumsum(softmax(row)[order]), kept.sum()
@@ -201,18 +203,18 @@ def test_top_p_keeps_the_fewest_tokens_with_that_mass(p):
 def test_other_filters_are_what_they_say():
     rows = np.random.default_rng(2).normal(scale=2, size=(8, 30)).astype(np.float32)
     for k in (1, 7, 99):
-        kept = np.isfinite(np.asarray(decoding.keep_top_k(jnp.array(rows), k)))
+        kept = np.isfinite(np.asarray(sampling.keep_top_k(jnp.array(rows), k)))
         np.testing.assert_array_equal(kept, rows >= np.sort(rows)[:, -min(k, 30)][:, None])
     for p in (0.1, 0.5, 1.0):
         shares = np.stack([softmax(row) for row in rows])
-        kept = np.isfinite(np.asarray(decoding.keep_min_p(jnp.array(rows), p)))
+        kept = np.isfinite(np.asarray(sampling.keep_min_p(jnp.array(rows), p)))
         np.testing.assert_array_equal(kept, shares >= p * shares.max(axis=1, keepdims=True))
     seen = np.random.default_rng(3).random((8, 30)) < 0.5
     expected = np.where(seen, np.where(rows > 0, rows / 1.5, rows * 1.5), rows)
     np.testing.assert_allclose(decoding.penalise(jnp.array(rows), jnp.array(seen), 1.5), expected, rtol=1e-6)
     both = Decoding(temperature=0.5, top_k=5, top_p=0.8)
-    expected = decoding.keep_top_p(decoding.keep_top_k(jnp.array(rows) / 0.5, 5), 0.8)
-    np.testing.assert_array_equal(decoding.warp(jnp.array(rows), both), expected)
+    expected = sampling.keep_top_p(sampling.keep_top_k(jnp.array(rows) / 0.5, 5), 0.8)
+    np.testing.assert_array_equal(sampling.warp(jnp.array(rows), both), expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "marian"])

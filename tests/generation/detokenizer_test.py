@@ -2,7 +2,7 @@
 
 import pytest
 
-from research.data import tokenizer
+from research.data import tokenizer, tokenizer_training
 from research.generation.detokenizer import Detokenizer, completion
 
 BYTES = tokenizer.byte_level()
@@ -65,7 +65,7 @@ def test_a_special_token_may_be_a_stop_text():
 
 
 def test_the_space_after_the_prompt():
-    trained = tokenizer.train([{"text": "some words and more words"}] * 3, kind="unigram", vocab_size=40)
+    trained = tokenizer_training.train([{"text": "some words and more words"}] * 3, kind="unigram", vocab_size=40)
     prompt, rest = (trained.backend.encode(t, add_special_tokens=False).ids for t in ("some words", "and more words"))
     assert completion(trained, rest, prompt=prompt) == " and more words"
     assert completion(trained, rest) == "and more words"

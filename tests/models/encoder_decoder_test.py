@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.models import layers
 from research.models.encoder_decoder import EncoderDecoder
+from research.models.positions import RelativeBias, sinusoids
 
 # Compiles several times faster, which is where these tests spend their time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -192,7 +192,7 @@ def bucket(distance, bidirectional, buckets, greatest):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "greatest"), [(32, 128), (8, 6), (7, 100), (16, 64), (128, 100)])
 def test_relative_buckets_follow_the_paper(bidirectional, buckets, greatest):
-    module = layers.RelativeBias(1, buckets, greatest, bidirectional)
+    module = RelativeBias(1, buckets, greatest, bidirectional)
     table = {"params": {"embedding": jnp.arange(buckets, dtype=jnp.float32)[:, None]}}
     ours = jit(lambda: module.apply(table, 150, 150))()[0, 0]
     expected = [[bucket(key - query, bidirectional, buckets, greatest) for key in range(150)] for query in range(150)]
@@ -204,13 +204,13 @@ def test_relative_buckets_follow_the_paper(bidirectional, buckets, greatest):
 @pytest.mark.parametrize(("buckets", "greatest"), [(32, 8), (2, 128)])
 def test_buckets_that_do_not_fit_are_named(buckets, greatest):
     with pytest.raises(UserError, match=f"{buckets} relative buckets do not fit a greatest distance of {greatest}"):
-        layers.RelativeBias(1, buckets, greatest).init(jax.random.key(0), 3, 3)
+        RelativeBias(1, buckets, greatest).init(jax.random.key(0), 3, 3)
 
 
 @pytest.mark.parametrize("width", [12, 13])
 def test_sinusoids_are_vaswanis_with_the_sines_first(width):
     positions = np.array([[0, 1, 2, 500], [7, 7, 63, 1023]])
-    ours = layers.sinusoids(jnp.asarray(positions), width)
+    ours = sinusoids(jnp.asarray(positions), width)
     angles = [[[p / 10000 ** (2 * (i // 2) / width) for i in range(width)] for p in row] for row in positions]
     expected = np.where(np.arange(width) % 2 == 0, np.sin(angles), np.cos(angles))
     expected = np.concatenate([expected[..., 0::2], expected[..., 1::2]], axis=-1)

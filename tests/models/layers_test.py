@@ -11,6 +11,8 @@ import pytest
 
 from research.errors import UserError
 from research.models import layers
+from research.models.attention import Attention, attention
+from research.models.blocks import Block, stack
 
 # Compiles several times faster, which is where these tests spend their time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -32,8 +34,8 @@ def random_params(module, *arguments):
 
 
 def block(dropout=0.0, name=None, drop_path=0.0, **shared):
-    return layers.Block(
-        attention=functools.partial(layers.Attention, 3, dropout=dropout, **shared),
+    return Block(
+        attention=functools.partial(Attention, 3, dropout=dropout, **shared),
         mlp=functools.partial(layers.MLP, 20, **shared),
         norm=functools.partial(layers.LayerNorm, 1e-3, dtype=shared.get("dtype", jnp.float32)),
         norm_first=False,
@@ -57,7 +59,7 @@ class Stack(nn.Module):
     def __call__(self, x, mask=None):
         options = {"kernel_init": nn.initializers.normal(0.3), "dtype": jnp.dtype(self.dtype)}
         inner = block(self.dropout, "layers", self.drop_path, **options)
-        return layers.stack(inner, self.num_layers, x, mask=mask, unroll=self.unroll, remat=self.remat)
+        return stack(inner, self.num_layers, x, mask=mask, unroll=self.unroll, remat=self.remat)
 
 
 FORMULAS = {
@@ -93,7 +95,7 @@ def test_attention_follows_its_formula():
     query, key, value = normal(0, 2, 5, 3, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
     mask = np.random.default_rng(3).random((2, 1, 5, 7)) < 0.6
     mask[..., 0] = True
-    outputs, weights = layers.attention(query, key, value, mask)
+    outputs, weights = attention(query, key, value, mask)
     for b in range(2):
         for h in range(3):
             scores = query[b, :, h] @ key[b, :, h].T / math.sqrt(4)
@@ -105,12 +107,12 @@ def test_attention_follows_its_formula():
 
 
 def test_attention_to_nothing_is_finite():
-    outputs, _ = layers.attention(*(normal(i, 1, 2, 1, 4) for i in range(3)), np.zeros((1, 1, 2, 2), bool))
+    outputs, _ = attention(*(normal(i, 1, 2, 1, 4) for i in range(3)), np.zeros((1, 1, 2, 2), bool))
     assert np.isfinite(outputs).all()
 
 
 def test_attention_weights_are_float32_in_bfloat16():
-    outputs, weights = layers.attention(*(jnp.asarray(normal(i, 1, 6, 2, 4), jnp.bfloat16) for i in range(3)))
+    outputs, weights = attention(*(jnp.asarray(normal(i, 1, 6, 2, 4), jnp.bfloat16) for i in range(3)))
     assert outputs.dtype == jnp.bfloat16
     assert weights.dtype == jnp.float32
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)

@@ -1,0 +1,33 @@
+"""Dotted paths that older configs name, and where what they named is now."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# The longest that fits counts, so that a name can go elsewhere than its module.
+MOVED = {
+    "research.data.image.ColorJitter": "research.data.augmentation.ColorJitter",
+    "research.data.image.RandAugment": "research.data.augmentation.RandAugment",
+    "research.data.image.RandomErasing": "research.data.augmentation.RandomErasing",
+    "research.data.tokenizer.train": "research.data.tokenizer_training.train",
+    "research.decoding": "research.generation.decoding",
+    "research.diffusion": "research.generation.diffusion",
+    "research.features": "research.evaluators.features",
+    "research.transfer": "research.configuration.transfer",
+}
+
+
+def current(path: str) -> str:
+    """Return the dotted path at which the thing that `path` named is found now."""
+    for old in sorted(MOVED, key=len, reverse=True):
+        if path == old or path.startswith(f"{old}."):
+            return MOVED[old] + path[len(old) :]
+    return path
+
+
+def current_config(node: Any) -> Any:
+    """Return a config, as config.json holds it, with every `call` brought up to date."""
+    if isinstance(node, Mapping):
+        return {k: current(v) if k == "call" and isinstance(v, str) else current_config(v) for k, v in node.items()}
+    if isinstance(node, list | tuple):
+        return [current_config(value) for value in node]
+    return node

@@ -1,0 +1,146 @@
+"""Transformer blocks, and stacks of them.
+
+Shape letters as in `layers`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.models.layers import Dropout, DropPath
+
+
+class Block(nn.Module):
+    """Attention, attention to a source where there is one, and MLP, each with a norm and a residual sum.
+
+    Attributes:
+      attention: makes an `Attention` of a name.
+      mlp: makes an `MLP`.
+      norm: makes a norm.
+      norm_first: normalise what goes into each part (Xiong 2020), or each sum (Vaswani 2017; Devlin 2018).
+      dropout: before each residual sum.
+      layer_scale: what learned factors begin with that each part's output is multiplied by (Touvron 2021, "Going deeper
+        with image transformers"); None leaves them out.
+      drop_path: the share of examples that skip each part of the last block; it grows with depth from 0 (Huang 2016).
+    """
+
+    attention: Callable[..., nn.Module]
+    mlp: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    norm_first: bool = True
+    dropout: float = 0.0
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+        position_BxTxD: jax.Array | None = None,
+        source_BxSxD: jax.Array | None = None,
+        source_mask: jax.Array | None = None,
+        source_position_BxSxD: jax.Array | None = None,
+        index: jax.Array | None = None,
+        depth: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D].
+
+        `mask` to `index` are those of `Attention`; `depth` goes from 0 at the first block to 1 at the last.
+        """
+
+        def add(x: jax.Array, part: nn.Module, **context: Any) -> jax.Array:
+            norm = self.norm(name=f"{part.name}_norm")
+            y = part(norm(x) if self.norm_first else x, **context)
+            if self.layer_scale is not None:
+                init = nn.initializers.constant(self.layer_scale)
+                y *= self.param(f"{part.name}_scale", init, (y.shape[-1],), jnp.float32).astype(y.dtype)
+            y = Dropout(self.dropout, name=f"{part.name}_out_dropout")(y)
+            if depth is not None:
+                y = DropPath(self.drop_path, name=f"{part.name}_drop_path")(y, depth)
+            x += y
+            return x if self.norm_first else norm(x)
+
+        shared = {"position_BxTxD": position_BxTxD, "index": index}
+        own = {"mask": mask, "bias": bias, "rotary": rotary}
+        x_BxTxD = add(x_BxTxD, self.attention(name="attention"), **own, **shared)
+        if source_BxSxD is not None:
+            source = {"source_BxSxD": source_BxSxD, "source_position_BxSxD": source_position_BxSxD}
+            x_BxTxD = add(x_BxTxD, self.attention(name="cross_attention"), mask=source_mask, **source, **shared)
+        return add(x_BxTxD, self.mlp(name="mlp"))
+
+
+def stack(
+    block: nn.Module, num_layers: int, x: jax.Array, *, unroll: int = 1, remat: bool = False, **context: Any
+) -> jax.Array:
+    """Applies `num_layers` blocks in turn, compiled once by a scan over their stacked parameters.
+
+    Args:
+      block: the block. Its parameters get a leading axis of length `num_layers`. Name it "layers": `optimizer.py`
+        numbers the layers below that name.
+      num_layers: how many.
+      x: activations, [B, T, D].
+      unroll: how many blocks the compiler sees at once; the parameters' layout stays.
+      remat: recompute activations in the backward pass instead of keeping them.
+      **context: passed to every block.
+
+    Where the parameters come as {"0": those of the first block, ...} the blocks are applied one by one, and their
+    caches are kept alike. Decoding does so: a scan copies every layer's weights for every token.
+    """
+    if block.has_variable("params", "0"):
+        return _one_by_one(block, num_layers, x, context)
+    return _scan(block, num_layers, x, unroll, remat, context)[0]
+
+
+def every_output(
+    block: nn.Module, num_layers: int, x: jax.Array, *, unroll: int = 1, remat: bool = False, **context: Any
+) -> jax.Array:
+    """Applies blocks as `stack` does and returns the outputs of all of them, [num_layers, B, T, D]."""
+    return _scan(block, num_layers, x, unroll, remat, context, every=True)[1]
+
+
+def _scan(
+    block: nn.Module,
+    num_layers: int,
+    x: jax.Array,
+    unroll: int,
+    remat: bool,
+    context: dict[str, Any],
+    every: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Returns the output of the last block and, where `every` one is asked for, those of all, stacked."""
+    # A share that is 0 everywhere is left out: blocks need not know of depth.
+    scanned = {"depth": jnp.linspace(0, 1, num_layers)} if getattr(block, "drop_path", 0.0) else {}
+
+    def step(
+        block: nn.Module, x: jax.Array, context: dict[str, Any], own: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array | None]:
+        x = block(x, **context, **own)
+        return x, x if every else None
+
+    scan = nn.scan(
+        nn.remat(step, prevent_cse=False) if remat else step,
+        variable_axes={"params": 0, "intermediates": 0, "cache": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast, 0),
+        length=num_layers,
+        unroll=min(unroll, num_layers),
+    )
+    return scan(block, x, context, scanned)
+
+
+def _one_by_one(block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any]) -> jax.Array:
+    alone, held = block.clone(parent=None), block.variables
+    mutable = ["cache"] if block.is_mutable_collection("cache") else []
+    for name in map(str, range(num_layers)):
+        variables = {collection: every[name] for collection, every in held.items() if name in every}
+        x, changed = alone.apply(variables, x, mutable=mutable, **context)
+        for collection, value in changed.items():
+            block.put_variable(collection, name, value)
+    return x
