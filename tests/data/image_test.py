@@ -333,7 +333,7 @@ def test_augmentations_do_what_they_are_called():
 def test_rand_augment_draws_all_and_keeps_the_size(monkeypatch):
     calls = []
     spies = {name: lambda x, s, name=name: calls.append((name, s)) or x for name in augmentation.AUGMENTATIONS}
-    monkeypatch.setattr(image, "AUGMENTATIONS", spies)
+    monkeypatch.setattr(augmentation, "AUGMENTATIONS", spies)
     array, random = noise(8, 8), rng()
     for _ in range(700):
         np.testing.assert_array_equal(augmentation.RandAugment(2, 5)({"image": array}, random)["image"], array)
