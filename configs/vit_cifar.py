@@ -33,9 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
         test=dict(call="research.evaluators.image_classification.ImageScores", data=data("cifar10", "test"))
     )
     config.optimizer = dict(
-        call="research.optimizer.sgd",
+        direction=dict(call="optax.trace", decay=0.9),  # momentum
         learning_rate=0.03,
-        momentum=0.9,
         schedule="cosine",
         warmup=500,
         clip_norm=1.0,

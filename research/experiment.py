@@ -32,7 +32,7 @@ KEYS = (
 )
 # What a section without `call` configures.
 SECTIONS = {
-    "optimizer": "research.optimizer.adamw",
+    "optimizer": "research.optimizer.make_optimizer",
     "init": "research.pretrained.huggingface.load_params",
     "mesh": "research.sharding.make_mesh",
     "checkpoint": "research.checkpoint.Checkpoints",
@@ -190,7 +190,7 @@ class Experiment:
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:
-        """The optimizer; AdamW unless the section has a `call`."""
+        """The optimizer; AdamW's unless the section has a `direction`."""
         return self._invoke("optimizer", num_steps=self.num_steps)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""AdamW and gradient descent as optax chains, with schedules, clipping, decay masks, freezing and rates by path.
+"""Any optax transformation, with schedules, clipping, decay masks, freezing, rates by path and averages around it.
 
 A path reads "encoder/layers/3/attention/query/kernel": below a module named "layers", whose parameters are stacked on a
 leading axis, every layer has a path of its own, so that one regular expression can name a layer, a range or all.
@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from research.errors import UserError, nearest
+from research.schedules import make_schedule
 from research.task import Params
 
 Rules = Sequence[tuple[str, float]]
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +44,19 @@ class Optimizer:
     microbatches: int
 
 
-def adamw(
+def make_optimizer(
     num_steps: int,
     learning_rate: float,
     schedule: str = "linear",
     warmup: int | float = 0,
     end_factor: float = 0.0,
     drop_at: float | None = None,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    epsilon: float = 1e-8,
+    decay_share: float | None = None,
+    direction: optax.GradientTransformation | None = None,
+    b1: float | None = None,
+    b2: float | None = None,
+    epsilon: float | None = None,
+    moment_dtype: str | None = None,
     weight_decay: float = 0.0,
     no_decay: tuple[str, ...] = (r"bias$", r"scale$"),
     clip_norm: float | None = 1.0,
@@ -59,97 +65,44 @@ def adamw(
     learning_rate_multipliers: tuple[tuple[str, float], ...] = (),
     layer_decay: float | None = None,
     average: float | None = None,
+    schedule_free: float | None = None,
 ) -> Optimizer:
-    """Returns AdamW (Loshchilov 2019).
+    """Return an optimizer: clipping, a direction, weight decay and rates by path, in this order.
 
     Args:
       num_steps: length of the run, which the schedules need.
       learning_rate: the peak.
-      schedule: "linear", "cosine", "inverse_sqrt", "constant" or "step", after a linear warm-up from 0.
+      schedule: see `schedules.make_schedule`, also for the next four.
       warmup: a share of `num_steps` below 1, else steps.
-      end_factor: what part of the peak "linear", "cosine" and "step" end at.
-      drop_at: the share of the run after which "step" falls to that.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      epsilon: added to the root of the second moment.
+      end_factor: the final rate as a share of the peak.
+      drop_at: the share of the run after which "step" falls.
+      decay_share: the share of the run in which "wsd" decays.
+      direction: what turns gradients into a direction, such as `optax.scale_by_lion`, `research.directions.muon` or
+        `research.directions.adafactor`; it must not apply a learning rate. AdamW's (Loshchilov 2019) where it is None.
+      b1: decay of AdamW's first moment, 0.9.
+      b2: decay of AdamW's second moment, 0.999.
+      epsilon: added to the root of AdamW's second moment, 1e-8.
+      moment_dtype: of AdamW's first moment, such as "bfloat16"; that of the parameters where it is None.
       weight_decay: decoupled, times the learning rate.
-      no_decay: regular expressions; parameters whose path one of them finds are not decayed.
+      no_decay: regular expressions; parameters whose path matches one are not decayed.
       clip_norm: gradients of a greater global norm are scaled down to it; None leaves them.
       microbatches: see Optimizer.
       freeze: regular expressions of parameters that must not change.
-      learning_rate_multipliers: (regular expression, factor); the first that finds a path counts.
+      learning_rate_multipliers: (regular expression, factor); the first that matches a path counts.
       layer_decay: factor a layer, from the head (1) down to the embeddings (Clark 2020, section 3.1.2).
       average: decay of an exponential moving average of the parameters, which is then what is evaluated.
+      schedule_free: interpolation between the averaged and the latest parameters, such as 0.9, at which gradients are
+        taken (Defazio 2024); the average is evaluated. Use schedule="constant", and b1=0 with AdamW.
 
     Raises:
-      UserError: an argument is out of range, or a regular expression finds no parameter.
+      UserError: an argument is out of range, or a regular expression matches no parameter.
     """
-    _check(b1=b1, b2=b2)
-    return _make(
-        optax.scale_by_adam(b1, b2, epsilon),
-        make_schedule(schedule, learning_rate, warmup, num_steps, end_factor, drop_at),
-        weight_decay=weight_decay,
-        no_decay=no_decay,
-        clip_norm=clip_norm,
-        microbatches=microbatches,
-        freeze=freeze,
-        learning_rate_multipliers=learning_rate_multipliers,
-        layer_decay=layer_decay,
-        average=average,
-    )
-
-
-def sgd(
-    num_steps: int,
-    learning_rate: float,
-    momentum: float = 0.9,
-    schedule: str = "linear",
-    warmup: int | float = 0,
-    end_factor: float = 0.0,
-    drop_at: float | None = None,
-    weight_decay: float = 0.0,
-    no_decay: tuple[str, ...] = (r"bias$", r"scale$"),
-    clip_norm: float | None = 1.0,
-    microbatches: int = 1,
-    freeze: tuple[str, ...] = (),
-    learning_rate_multipliers: tuple[tuple[str, float], ...] = (),
-    layer_decay: float | None = None,
-    average: float | None = None,
-) -> Optimizer:
-    """Returns gradient descent with momentum, whose sum of past gradients shrinks by `momentum` a step (Polyak 1964).
-
-    The other arguments are those of `adamw`; its weight decay is decoupled too.
-    """
-    _check(momentum=momentum)
-    return _make(
-        optax.trace(momentum),
-        make_schedule(schedule, learning_rate, warmup, num_steps, end_factor, drop_at),
-        weight_decay=weight_decay,
-        no_decay=no_decay,
-        clip_norm=clip_norm,
-        microbatches=microbatches,
-        freeze=freeze,
-        learning_rate_multipliers=learning_rate_multipliers,
-        layer_decay=layer_decay,
-        average=average,
-    )
-
-
-def _make(
-    direction: optax.GradientTransformation,
-    rate: optax.Schedule,
-    *,
-    weight_decay: float,
-    no_decay: tuple[str, ...],
-    clip_norm: float | None,
-    microbatches: int,
-    freeze: tuple[str, ...],
-    learning_rate_multipliers: tuple[tuple[str, float], ...],
-    layer_decay: float | None,
-    average: float | None,
-) -> Optimizer:
-    """Returns the chain around what makes a direction of a gradient."""
-    _check(weight_decay=weight_decay, microbatches=microbatches, average=average)
+    _check(b1=b1, b2=b2, epsilon=epsilon, weight_decay=weight_decay, microbatches=microbatches)
+    _check(average=average, schedule_free=schedule_free)
+    if average is not None and schedule_free is not None:
+        raise UserError("config.optimizer.average: schedule_free has its own average; set one of the two")
+    direction = _direction(direction, b1=b1, b2=b2, epsilon=epsilon, moment_dtype=moment_dtype)
+    rate = make_schedule(schedule, learning_rate, warmup, num_steps, end_factor, drop_at, decay_share)
     frozen: Rules = tuple((pattern, 0.0) for pattern in freeze)
     trainable = functools.partial(_scale, functools.partial(path_values, rules=frozen))
 
@@ -161,13 +114,7 @@ def _make(
     if clip_norm is not None:
         chain.append(optax.clip_by_global_norm(clip_norm))
     # A parameter that is frozen altogether needs no moments.
-    chain.append(
-        optax.masked(
-            direction, lambda p: jax.tree.map(lambda v: not np.isscalar(v) or v != 0.0, path_values(p, frozen))
-        )
-        if freeze
-        else direction
-    )
+    chain.append(optax.masked(direction, functools.partial(_moving, frozen)) if freeze else direction)
     if weight_decay:
         decay = functools.partial(path_values, rules=tuple((pattern, 0.0) for pattern in no_decay))
         chain.append(
@@ -179,48 +126,50 @@ def _make(
     if average is not None:
         chain.append(average_params(average))
     transformation = optax.chain(*chain)
+    if schedule_free is not None:
+        transformation = optax.contrib.schedule_free(transformation, rate, schedule_free)
 
     def init(params: Params) -> optax.OptState:
-        for key, patterns in {
-            "freeze": freeze,
-            "learning_rate_multipliers": [pattern for pattern, _ in learning_rate_multipliers],
-        }.items():
-            _check_patterns(key, patterns, params)
+        _check_patterns("freeze", freeze, params)
+        _check_patterns("learning_rate_multipliers", [pattern for pattern, _ in learning_rate_multipliers], params)
         return transformation.init(params)
 
     return Optimizer(init, transformation.update, rate, trainable, microbatches)
 
 
-def make_schedule(
-    name: str, peak: float, warmup: int | float, num_steps: int, end_factor: float, drop_at: float | None = None
-) -> optax.Schedule:
-    """Returns step -> learning rate: a linear warm-up from 0 to `peak`, then the named decay."""
-    _check(learning_rate=peak)
-    if warmup >= 1 and warmup != int(warmup):
+def _direction(given: optax.GradientTransformation | None, **adam: Any) -> optax.GradientTransformation:
+    """Return the direction: the given one, or AdamW's with its settings."""
+    if given is None:
+        defaults = {"b1": 0.9, "b2": 0.999, "epsilon": 1e-8}
+        settings = defaults | {key: value for key, value in adam.items() if value is not None}
+        dtype = settings.pop("moment_dtype", None)
+        if dtype is not None and dtype not in MOMENT_DTYPES:
+            raise UserError(f"config.optimizer.moment_dtype: '{dtype}'{nearest(dtype, MOMENT_DTYPES)}")
+        return optax.scale_by_adam(settings["b1"], settings["b2"], settings["epsilon"], mu_dtype=dtype)
+    for key, value in adam.items():
+        if value is not None:
+            raise UserError(f"config.optimizer.{key}: it is AdamW's; set it in config.optimizer.direction")
+    if not isinstance(given, optax.GradientTransformation):
+        raise UserError(f"config.optimizer.direction: a {type(given).__name__} is no optax.GradientTransformation")
+    if _descends(given):
         raise UserError(
-            f"config.optimizer.warmup: {warmup} is no number of steps; a share of the run must lie in [0, 1)"
+            "config.optimizer.direction: it applies a learning rate already; name what it is made of, such as "
+            "optax.scale_by_lion instead of optax.lion"
         )
-    warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * num_steps)
-    if not 0 <= warmup_steps <= num_steps:
-        raise UserError(f"config.optimizer.warmup: {warmup_steps} steps do not fit a run of {num_steps}")
-    if (drop_at is not None) != (name == "step") or not 0 <= (drop_at or 0) <= 1:
-        raise UserError("config.optimizer.drop_at: schedule 'step' needs it, in [0, 1], and no other takes it")
-    decay_steps = max(num_steps - warmup_steps, 1)
-    drop = max(math.ceil((drop_at or 0) * num_steps) - warmup_steps, 0)
-    decays: dict[str, optax.Schedule] = {
-        "linear": optax.linear_schedule(peak, peak * end_factor, decay_steps),
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps, end_factor),
-        "constant": optax.constant_schedule(peak),
-        "step": optax.piecewise_constant_schedule(peak, {drop: end_factor}),
-        "inverse_sqrt": lambda step: peak * jnp.sqrt(max(warmup_steps, 1) / (step + max(warmup_steps, 1))),
-    }
-    if name not in decays:
-        raise UserError(f"config.optimizer.schedule: unknown '{name}'{nearest(name, decays)}")
-    if end_factor and name not in ("linear", "cosine", "step"):
-        raise UserError(f"config.optimizer.end_factor: schedule '{name}' takes none")
-    if warmup_steps == 0:
-        return decays[name]
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decays[name]], [warmup_steps])
+    return given
+
+
+def _descends(direction: optax.GradientTransformation) -> bool:
+    """Return whether a transformation's first update is against the gradient, as only whole optimizers' are."""
+    params = {"layers": {"kernel": jnp.ones((1, 2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
+    with jax.ensure_compile_time_eval():
+        updates, _ = direction.update(params, direction.init(params), params)
+    return all(bool((update < 0).any()) for update in jax.tree.leaves(updates))
+
+
+def _moving(frozen: Rules, params: Params) -> Params:
+    """Return where any layer of a parameter is trained."""
+    return jax.tree.map(lambda value: not np.isscalar(value) or value != 0.0, path_values(params, frozen))
 
 
 class AverageState(NamedTuple):
@@ -231,7 +180,7 @@ class AverageState(NamedTuple):
 
 
 def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Keeps an exponential moving average of the parameters as they are after each update; put it last in a chain.
+    """Keep an exponential moving average of the parameters as they are after each update; put it last in a chain.
 
     At first it forgets faster, with the decay (1 + t) / (10 + t) of update t as long as that is smaller, so that the
     initial parameters do not stay in it (as TensorFlow's ExponentialMovingAverage does with `num_updates`).
@@ -250,13 +199,18 @@ def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
 
 
 def evaluation_params(params: Params, opt_state: optax.OptState) -> Params:
-    """Returns the averaged parameters where the optimizer keeps them, else `params`."""
-    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AverageState))
-    return next((state.average for state in states if isinstance(state, AverageState)), params)
+    """Return the averaged parameters where the optimizer keeps them, else `params`."""
+    kinds = (AverageState, optax.contrib.ScheduleFreeState)
+    for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)):
+        if isinstance(state, AverageState):
+            return state.average
+        if isinstance(state, optax.contrib.ScheduleFreeState):
+            return optax.contrib.schedule_free_eval_params(state, params)
+    return params
 
 
 def paths(params: Params) -> Params:
-    """Returns a tree of lists of paths: one for a plain parameter, one a layer for a stacked one."""
+    """Return a tree of lists of paths: one for a plain parameter, one a layer for a stacked one."""
 
     def of_leaf(keys: tuple, leaf: jax.Array) -> list[str]:
         names = [str(key.key) for key in keys]
@@ -269,7 +223,7 @@ def paths(params: Params) -> Params:
 
 
 def path_values(params: Params, rules: Rules) -> Params:
-    """Returns for each parameter the value of the first rule that finds its path, 1 where none does.
+    """Return for each parameter the value of the first rule that finds its path, 1 where none does.
 
     The value of a stacked parameter is an array [layers, 1, ...] where its layers differ, else a float.
     """
@@ -287,7 +241,7 @@ def path_values(params: Params, rules: Rules) -> Params:
 
 
 def _layer_decay(params: Params, decay: float) -> Params:
-    """Returns decay**depth: 0 for a head, 1 for the last layer, and one more than layers for what comes before them.
+    """Return decay**depth: 0 for a head, 1 for the last layer, and one more than layers for what comes before them.
 
     That is embeddings of text, and the patches, the tokens before them and the positions of images.
     """
@@ -304,7 +258,7 @@ def _layer_decay(params: Params, decay: float) -> Params:
 
 
 def _scale(factors: Callable[[Params], Params], tree: Params) -> Params:
-    """Multiplies a tree by the factors of its paths; a factor of 0 gives 0 whatever it multiplies."""
+    """Multiply a tree by the factors of its paths; a factor of 0 gives 0 whatever it multiplies."""
 
     def scale(factor: float | np.ndarray, x: jax.Array) -> jax.Array:
         if isinstance(factor, float):
@@ -322,7 +276,7 @@ def _check_patterns(key: str, patterns: Sequence[str], params: Params) -> None:
 
 
 def _check(**values: float | None) -> None:
-    ranges: dict[str, tuple[float, float]] = dict.fromkeys(("b1", "b2", "momentum", "average"), (0, 1))
+    ranges: dict[str, tuple[float, float]] = dict.fromkeys(("b1", "b2", "average", "schedule_free"), (0, 1))
     ranges["microbatches"] = (1, 2**31)
     for name, value in values.items():
         low, high = ranges.get(name, (0.0, math.inf))

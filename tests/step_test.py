@@ -42,7 +42,7 @@ def start(task, chosen, batch, seed=0):
 
 def one_step(batch, microbatches=1, task=None, seed=0):
     task = task or make_task()
-    chosen = optimizer.adamw(10, 0.1, "constant", microbatches=microbatches)
+    chosen = optimizer.make_optimizer(10, 0.1, "constant", microbatches=microbatches)
     return step.train_step(task, chosen, start(task, chosen, batch, seed), batch)
 
 
@@ -50,7 +50,7 @@ def one_step(batch, microbatches=1, task=None, seed=0):
 @pytest.mark.parametrize("mask", [None, [1, 1, 1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0]])
 def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches, mask):
     batch, task, rng = make_batch(mask=mask), make_task(), jax.random.key(0)
-    params = start(task, optimizer.adamw(10, 0.1), batch).params
+    params = start(task, optimizer.make_optimizer(10, 0.1), batch).params
     whole, whole_metrics = step._gradients(task, params, batch, rng, 1)
     parts, parts_metrics = step._gradients(task, params, batch, rng, microbatches)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(whole))
@@ -74,7 +74,7 @@ def test_an_empty_batch_leaves_finite_parameters():
 
 def test_dropout_is_a_function_of_seed_and_step():
     batch, task = make_batch(), make_task(dropout=0.5)
-    chosen = optimizer.adamw(10, 0.0, "constant")
+    chosen = optimizer.make_optimizer(10, 0.0, "constant")
     run = jax.jit(functools.partial(step.train_step, task, chosen))
     first = start(task, chosen, batch)
     second, metrics = run(first, batch)
@@ -86,7 +86,7 @@ def test_dropout_is_a_function_of_seed_and_step():
 
 def test_a_batch_is_learnt_by_heart():
     batch, task = make_batch(), make_task()
-    chosen = optimizer.adamw(60, 3e-3, "constant")
+    chosen = optimizer.make_optimizer(60, 3e-3, "constant")
     state = start(task, chosen, batch)
     run = jax.jit(functools.partial(step.train_step, task, chosen), donate_argnums=0)
     losses = []
@@ -99,7 +99,7 @@ def test_a_batch_is_learnt_by_heart():
 
 def test_loaded_parameters_take_the_place_of_new_ones():
     batch, task = make_batch(), make_task()
-    chosen = optimizer.adamw(10, 0.1, average=0.5)
+    chosen = optimizer.make_optimizer(10, 0.1, average=0.5)
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
     new = step.init_state(task, chosen, spec, 0)
     loaded = jax.tree.map(lambda p: jnp.full_like(p, 7.0), new.params) | {"head_output": {"kernel": None, "bias": None}}

@@ -52,7 +52,9 @@ def make_of_text(work: Workload, sizes: dict[str, Any]) -> tuple[Task, dict[str,
 def main(name: str, steps: int) -> None:
     task, batch = make(WORKLOADS[name])
     spec = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in batch.items()}
-    adamw = optimizer.adamw(1000, LEARNING_RATE, schedule="constant", weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
+    adamw = optimizer.make_optimizer(
+        1000, LEARNING_RATE, schedule="constant", weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM
+    )
     state = jax.jit(lambda: step.init_state(task, adamw, spec, 0))()
     jitted = jax.jit(functools.partial(step.train_step, task, adamw), donate_argnums=0)
     begin = time.perf_counter()

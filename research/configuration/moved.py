@@ -11,6 +11,7 @@ MOVED = {
     "research.data.tokenizer.train": "research.data.tokenizer_training.train",
     "research.decoding": "research.generation.decoding",
     "research.diffusion": "research.generation.diffusion",
+    "research.optimizer.adamw": "research.optimizer.make_optimizer",
     "research.features": "research.evaluators.features",
     "research.transfer": "research.configuration.transfer",
 }
@@ -27,7 +28,15 @@ def current(path: str) -> str:
 def current_config(node: Any) -> Any:
     """Return a config, as config.json holds it, with every `call` brought up to date."""
     if isinstance(node, Mapping):
+        if node.get("call") == "research.optimizer.sgd":
+            node = _without_sgd(node)
         return {k: current(v) if k == "call" and isinstance(v, str) else current_config(v) for k, v in node.items()}
     if isinstance(node, list | tuple):
         return [current_config(value) for value in node]
     return node
+
+
+def _without_sgd(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section of an optimizer that was a function of its own, with a direction instead."""
+    rest = {key: value for key, value in node.items() if key not in ("call", "momentum")}
+    return rest | {"direction": {"call": "optax.trace", "decay": node.get("momentum", 0.9)}}

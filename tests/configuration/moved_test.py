@@ -51,6 +51,12 @@ def test_the_config_of_an_older_run_is_read_with_todays_names(tmp_path):
     assert config.init.nested[0]["call"] == "research.evaluators.features.TrainedRun"
 
 
+def test_gradient_descent_is_a_direction_now():
+    node = {"optimizer": {"call": "research.optimizer.sgd", "learning_rate": 0.1, "momentum": 0.5}}
+    direction = {"call": "optax.trace", "decay": 0.5}
+    assert current_config(node) == {"optimizer": {"learning_rate": 0.1, "direction": direction}}
+
+
 def test_a_config_file_with_an_old_name_is_told_the_new_one():
     with pytest.raises(UserError, match=r"is now 'research\.configuration\.transfer\.load_params'"):
         locate("research.transfer.load_params", "config.init")

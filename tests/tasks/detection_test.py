@@ -11,7 +11,7 @@ import pytest
 
 from research.data.shapes import NAMES, shapes
 from research.errors import UserError
-from research.optimizer import adamw
+from research.optimizer import make_optimizer
 from research.step import init_state, train_step
 from research.tasks.detection import Detection, generalised_iou
 
@@ -174,7 +174,7 @@ def test_the_gradient_of_microbatches_of_as_many_boxes_is_that_of_the_batch():
     task = Detection(Given())
     gradients = []
     for microbatches in (1, 2):
-        optimizer = adamw(10, 1e-3, clip_norm=None, microbatches=microbatches)
+        optimizer = make_optimizer(10, 1e-3, clip_norm=None, microbatches=microbatches)
         spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         state = init_state(task, optimizer, spec, 0, params)
         _, metrics = jax.jit(functools.partial(train_step, task, optimizer))(state, batch)
