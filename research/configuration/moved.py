@@ -16,6 +16,10 @@ MOVED = {
 }
 
 
+# Settings that were flags, and are names now.
+RENAMED = {"remat": {True: "full", False: "none"}}
+
+
 def current(path: str) -> str:
     """Return the dotted path at which the thing that `path` named is found now."""
     for old in sorted(MOVED, key=len, reverse=True):
@@ -25,9 +29,17 @@ def current(path: str) -> str:
 
 
 def current_config(node: Any) -> Any:
-    """Return a config, as config.json holds it, with every `call` brought up to date."""
+    """Return a config, as config.json holds it, with every `call` and setting brought up to date."""
     if isinstance(node, Mapping):
-        return {k: current(v) if k == "call" and isinstance(v, str) else current_config(v) for k, v in node.items()}
+        return {key: _current_value(key, value) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [current_config(value) for value in node]
     return node
+
+
+def _current_value(key: str, value: Any) -> Any:
+    if key == "call" and isinstance(value, str):
+        return current(value)
+    if isinstance(value, bool):
+        return RENAMED.get(key, {}).get(value, value)
+    return current_config(value)

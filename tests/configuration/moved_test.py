@@ -51,6 +51,11 @@ def test_the_config_of_an_older_run_is_read_with_todays_names(tmp_path):
     assert config.init.nested[0]["call"] == "research.evaluators.features.TrainedRun"
 
 
+def test_settings_that_were_flags_are_names_now():
+    node = {"model": {"remat": True, "gated": True}, "ops": [{"remat": False}]}
+    assert current_config(node) == {"model": {"remat": "full", "gated": True}, "ops": [{"remat": "none"}]}
+
+
 def test_a_config_file_with_an_old_name_is_told_the_new_one():
     with pytest.raises(UserError, match=r"is now 'research\.configuration\.transfer\.load_params'"):
         locate("research.transfer.load_params", "config.init")
