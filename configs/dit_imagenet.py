@@ -50,7 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
             **SIZES["xl"],
             learned_variance=True,
             dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
     )
     config.data = data("latents/imagenet_256", "train")
@@ -86,14 +86,14 @@ def size(name: str, patch_size: int):
 
 def published(config: ConfigDict) -> ConfigDict:
     call = "research.pretrained.huggingface.load_model"
-    config.task.model = dict(call=call, path=PUBLISHED, kind="denoiser", dtype="bfloat16", remat=True)
+    config.task.model = dict(call=call, path=PUBLISHED, kind="denoiser", dtype="bfloat16", remat="full")
     config.init = dict(path=PUBLISHED)
     return config
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
     """Shapes, whose pixels stand in for latents."""
-    sizes = dict(image_size=16, patch_size=4, num_channels=1, num_classes=3, dtype="float32", remat=False)
+    sizes = dict(image_size=16, patch_size=4, num_channels=1, num_classes=3, dtype="float32", remat="none")
     config.task.model.update(sizes, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=128)
     config.task.sampling.steps = 4
     config = tiny_images(config, size=16, channels=1)

@@ -26,10 +26,10 @@ from research.configuration.variants import choose, tiny_documents
 
 # Width, layers, heads, learning rate, whether activations are recomputed.
 SIZES = {
-    "small": (768, 12, 12, 6e-4, False),
-    "medium": (1024, 24, 16, 3e-4, False),
-    "large": (1280, 36, 20, 2.5e-4, True),
-    "xl": (1600, 48, 25, 2e-4, True),
+    "small": (768, 12, 12, 6e-4, "none"),
+    "medium": (1024, 24, 16, 3e-4, "none"),
+    "large": (1280, 36, 20, 2.5e-4, "full"),
+    "xl": (1600, 48, 25, 2e-4, "full"),
 }
 
 

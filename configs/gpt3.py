@@ -88,7 +88,7 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     config.task.model.update(num_layers=layers, hidden_size=width, num_heads=heads, intermediate_size=4 * width)
     if width >= 2048:
         config.mesh = dict(data=1, fsdp=-1, model=1)
-        config.task.model.remat = True
+        config.task.model.remat = "full"
     return config
 
 

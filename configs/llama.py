@@ -110,7 +110,7 @@ def recipe(config: ConfigDict, size: str) -> ConfigDict:
             mlp_bias=False,
             tie_embeddings=s.tokenizer == SMOLLM2,
             dtype="bfloat16",
-            remat=large,
+            remat="full" if large else "none",
         ),
     )
     config.data = data("train")

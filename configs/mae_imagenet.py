@@ -63,7 +63,7 @@ def encoder(size: str, **fields: float) -> dict:
         intermediate_size=4 * width,
         positions="sinusoidal",
         dtype="bfloat16",
-        remat=size == "huge",
+        remat="full" if size == "huge" else "none",
         **fields,
     )
 

@@ -112,7 +112,7 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     )
     if layers >= 24:
         config.mesh = dict(data=1, fsdp=-1, model=1)
-        config.task.model.remat = True
+        config.task.model.remat = "full"
     return config
 
 

@@ -86,7 +86,7 @@ def encoder(size: str, **fields: float | str) -> dict:
         num_heads=heads,
         intermediate_size=4 * width,
         dtype="bfloat16",
-        remat=size in ("l16", "h14"),
+        remat="full" if size in ("l16", "h14") else "none",
         **fields,
     )
 

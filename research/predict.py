@@ -87,7 +87,7 @@ def _outputs(
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields the outputs of every row, with the index of the example that it was made of."""
     data, mesh = experiment.data, experiment.mesh
-    predict = jax.jit(experiment.task.predict)
+    predict = jax.jit(sharding.over(mesh, experiment.task.predict))
     key = jax.random.key(experiment.config.get("seed", 0))
     for place, (made_from, batch) in enumerate(data.rows(bare)):
         # The last batch is filled up like the others, so that it divides over the devices and compiles no new shape.

@@ -1,9 +1,10 @@
-"""Where arrays live: a mesh of named axes, path rules for parameters, and batches split over examples."""
+"""Where arrays live: a mesh of named axes, path rules for parameters, logical names for activations, split batches."""
 
+import functools
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,18 @@ RULES: Rules = (
     (r"/kernel$", P("fsdp", None)),
     (r"", P()),
 )
+
+# The mesh axes over which each dimension of an activation is split. Examples are split over both axes that split the
+# batch, so that only parameters are gathered over "fsdp"; what the "model" axis splits are the inner dimensions of a
+# block (Shoeybi 2019, section 3), never the width between blocks.
+LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "width": None,
+    "heads": "model",
+    "hidden": "model",
+    "vocabulary": "model",
+}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
@@ -63,6 +76,41 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with `constrain` acting on `mesh` while it is traced; jit the result."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Return `x` with each dimension split over the mesh as its logical name says; the identity on one device.
+
+    Without it the compiler may keep the whole batch on every device where parameters are fully sharded.
+
+    Args:
+      x: an activation; a dimension that the mesh does not divide stays whole.
+      names: of the first dimensions, from `LOGICAL`; None, and what is left out, leaves a dimension to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return x
+
+    def axes(name: str | None, size: int) -> Any:
+        if name is None:
+            return P.UNCONSTRAINED
+        split = LOGICAL[name]
+        ways = math.prod(mesh.shape[axis] for axis in ([split] if isinstance(split, str) else split or ()))
+        return split if size % ways == 0 else P.UNCONSTRAINED
+
+    named = [axes(name, size) for name, size in zip(names, x.shape)]
+    return jax.lax.with_sharding_constraint(x, P(*named, *[P.UNCONSTRAINED] * (x.ndim - len(named))))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research import sharding
 from research.metrics import Mean, merge
 from research.optimizer import Optimizer
 from research.task import Batch, Params, Spec, Task
@@ -76,6 +77,7 @@ def _gradients(
 
         def add(sums: tuple, xs: tuple) -> tuple[tuple, None]:
             microbatch, index = xs
+            microbatch = {name: sharding.constrain(x, "batch") for name, x in microbatch.items()}
             gradients, metrics = gradient(params, microbatch, jax.random.fold_in(rng, index))
             return (jax.tree.map(jnp.add, sums[0], gradients), merge([sums[1], metrics])), None
 

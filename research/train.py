@@ -228,7 +228,7 @@ def jit_step(experiment: Experiment) -> Any:
     """Returns the training step, (state, batch) -> (state, metrics), to be compiled; the state stays where it is."""
     shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
     return jax.jit(
-        functools.partial(train_step, experiment.task, experiment.optimizer),
+        sharding.over(experiment.mesh, functools.partial(train_step, experiment.task, experiment.optimizer)),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(experiment.mesh)),
     )

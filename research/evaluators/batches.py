@@ -38,4 +38,4 @@ def run(
 
 @functools.lru_cache
 def _jit(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    return jax.jit(function, out_shardings=sharding.replicated(mesh))
+    return jax.jit(sharding.over(mesh, function), out_shardings=sharding.replicated(mesh))

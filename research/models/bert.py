@@ -85,8 +85,8 @@ class Encoder(nn.Module):
       initializer_range: standard deviation of the normal initialisation of kernels and tables.
       sinusoidal_start: whether the table of positions begins as sinusoids, as large, and is learned from there.
       dtype: what matrix products are computed in; parameters stay float32.
-      unroll: layers that the compiler sees at once.
-      remat: recompute activations in the backward pass.
+      unroll: layers that the compiler sees at once; None chooses by platform and depth.
+      remat: what the backward pass recomputes: see `blocks.REMAT`.
     """
 
     vocab_size: int = 30522
@@ -104,8 +104,8 @@ class Encoder(nn.Module):
     initializer_range: float = 0.02
     sinusoidal_start: bool = False
     dtype: str = "float32"
-    unroll: int = 1
-    remat: bool = False
+    unroll: int | None = None
+    remat: str = "none"
 
     def setup(self):
         """Makes the embeddings and a block."""

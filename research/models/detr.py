@@ -45,8 +45,8 @@ class Encoder(nn.Module):
 
     block: Callable[..., nn.Module]
     num_layers: int
-    unroll: int
-    remat: bool
+    unroll: int | None
+    remat: str
 
     @nn.compact
     def __call__(self, x_BxSxD: jax.Array, mask: jax.Array, position_BxSxD: jax.Array) -> jax.Array:
@@ -68,8 +68,8 @@ class Decoder(nn.Module):
     block: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     num_layers: int
-    unroll: int
-    remat: bool
+    unroll: int | None
+    remat: str
 
     @nn.compact
     def __call__(
@@ -129,8 +129,8 @@ class Detr(nn.Module):
       attention_dropout: on the attention weights.
       activation_dropout: on the MLPs' hidden layer.
       dtype: what products are computed in, those of the backbone too; parameters and heads stay float32.
-      unroll: layers that the compiler sees at once.
-      remat: recompute the layers' activations in the backward pass.
+      unroll: layers that the compiler sees at once; None chooses by platform and depth.
+      remat: what the backward pass recomputes: see `blocks.REMAT`.
     """
 
     backbone: ResNet
@@ -150,8 +150,8 @@ class Detr(nn.Module):
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
     dtype: str = "float32"
-    unroll: int = 1
-    remat: bool = False
+    unroll: int | None = None
+    remat: str = "none"
 
     inputs: ClassVar[tuple[str, ...]] = ("image", "pixel_mask")
 

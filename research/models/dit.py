@@ -111,8 +111,8 @@ class DiT(nn.Module):
       mlp_norm_epsilon: see `Block`.
       dropout: on what attention adds and on the hidden layer of the MLP.
       dtype: what matrix products are computed in; parameters stay float32.
-      unroll: layers that the compiler sees at once.
-      remat: recompute activations in the backward pass.
+      unroll: layers that the compiler sees at once; None chooses by platform and depth.
+      remat: what the backward pass recomputes: see `blocks.REMAT`.
     """
 
     image_size: int = 32
@@ -129,8 +129,8 @@ class DiT(nn.Module):
     mlp_norm_epsilon: float = 1e-6
     dropout: float = 0.0
     dtype: str = "float32"
-    unroll: int = 1
-    remat: bool = False
+    unroll: int | None = None
+    remat: str = "none"
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -27,8 +27,8 @@ class Stack(nn.Module):
       relative_bias: makes the bias of T5; None for none.
       causal: whether tokens attend to no later ones.
       dropout: at the beginning, and at the end where there is a norm.
-      unroll: layers that the compiler sees at once.
-      remat: recompute activations in the backward pass.
+      unroll: layers that the compiler sees at once; None chooses by platform and depth.
+      remat: what the backward pass recomputes: see `blocks.REMAT`.
     """
 
     block: Any
@@ -37,8 +37,8 @@ class Stack(nn.Module):
     relative_bias: Any
     causal: bool
     dropout: float
-    unroll: int
-    remat: bool
+    unroll: int | None
+    remat: str
 
     @nn.compact
     def __call__(
@@ -104,8 +104,8 @@ class EncoderDecoder(nn.Module):
       initializer_range: standard deviation of the initial kernels and tables; where it is None, that which keeps the
         variance of what goes through at 1: 1 / sqrt(inputs) (T5's, and near Vaswani's).
       dtype: what matrix products are computed in; parameters stay float32.
-      unroll: layers that the compiler sees at once.
-      remat: recompute activations in the backward pass.
+      unroll: layers that the compiler sees at once; None chooses by platform and depth.
+      remat: what the backward pass recomputes: see `blocks.REMAT`.
     """
 
     vocab_size: int = 37000
@@ -133,8 +133,8 @@ class EncoderDecoder(nn.Module):
     activation_dropout: float = 0.0
     initializer_range: float | None = None
     dtype: str = "float32"
-    unroll: int = 1
-    remat: bool = False
+    unroll: int | None = None
+    remat: str = "none"
 
     def setup(self):
         """Makes the word table, both stacks and the output layer."""

@@ -52,8 +52,8 @@ class Decoder(nn.Module):
         is divided by sqrt(2 layers) (Radford 2019, section 2.3). Where it is None, that which keeps the variance of
         what goes through at 1: 1 of tables, 1 / sqrt(inputs) of kernels.
       dtype: what matrix products are computed in; parameters stay float32.
-      unroll: layers that the compiler sees at once.
-      remat: recompute activations in the backward pass.
+      unroll: layers that the compiler sees at once; None chooses by platform and depth.
+      remat: what the backward pass recomputes: see `blocks.REMAT`.
     """
 
     vocab_size: int = 50257
@@ -82,8 +82,8 @@ class Decoder(nn.Module):
     attention_dropout: float = 0.0
     initializer_range: float | None = 0.02
     dtype: str = "float32"
-    unroll: int = 1
-    remat: bool = False
+    unroll: int | None = None
+    remat: str = "none"
 
     def setup(self):
         """Makes the embeddings, a block, the last norm and the output layer."""

@@ -123,8 +123,8 @@ class Decoder(nn.Module):
     attention_dropout: float
     initializer_range: float
     dtype: str
-    unroll: int
-    remat: bool
+    unroll: int | None
+    remat: str
 
     @nn.compact
     def __call__(

@@ -131,8 +131,8 @@ class Encoder(nn.Module):
       attention_dropout: on the attention weights.
       initializer_range: standard deviation of the normal initialisation of kernels, tokens and positions.
       dtype: what matrix products are computed in; parameters stay float32.
-      unroll: layers that the compiler sees at once.
-      remat: recompute activations in the backward pass.
+      unroll: layers that the compiler sees at once; None chooses by platform and depth.
+      remat: what the backward pass recomputes: see `blocks.REMAT`.
     """
 
     image_size: int = 224
@@ -154,8 +154,8 @@ class Encoder(nn.Module):
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     dtype: str = "float32"
-    unroll: int = 1
-    remat: bool = False
+    unroll: int | None = None
+    remat: str = "none"
 
     def setup(self):
         """Makes the embeddings, a block and the last norm."""

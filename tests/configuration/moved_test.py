@@ -57,6 +57,11 @@ def test_gradient_descent_is_a_direction_now():
     assert current_config(node) == {"optimizer": {"learning_rate": 0.1, "direction": direction}}
 
 
+def test_settings_that_were_flags_are_names_now():
+    node = {"model": {"remat": True, "gated": True}, "ops": [{"remat": False}]}
+    assert current_config(node) == {"model": {"remat": "full", "gated": True}, "ops": [{"remat": "none"}]}
+
+
 def test_a_config_file_with_an_old_name_is_told_the_new_one():
     with pytest.raises(UserError, match=r"is now 'research\.configuration\.transfer\.load_params'"):
         locate("research.transfer.load_params", "config.init")

@@ -130,7 +130,7 @@ def test_parameters_are_named_and_stacked():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("options", [{"unroll": 2}, {"remat": True}])
+@pytest.mark.parametrize("options", [{"unroll": 2}, {"remat": "full"}])
 def test_unroll_and_remat_change_nothing(options):
     plain, other, ids = classifier(), classifier(**options), tokens()
     params = random_params(plain)

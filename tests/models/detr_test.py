@@ -110,7 +110,7 @@ def test_unrolling_and_recomputing_change_nothing():
 
         return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jit(jax.grad(loss))(params()))])
 
-    other = Detr(BACKBONE, **FIELDS, unroll=2, remat=True)
+    other = Detr(BACKBONE, **FIELDS, unroll=2, remat="full")
     assert_same([gradients(other)], [gradients(MODEL)])
 
 

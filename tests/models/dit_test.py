@@ -77,7 +77,7 @@ def test_the_time_and_the_class_matter(trained):
 
 def test_unrolled_rematerialised_and_half_precision_agree(trained):
     usual = apply(trained)
-    for options in ({"unroll": 3}, {"remat": True}):
+    for options in ({"unroll": 3}, {"remat": "full"}):
         np.testing.assert_allclose(apply(trained, MODEL.clone(**options)), usual, atol=1e-5)
     half = apply(trained, MODEL.clone(dtype="bfloat16"))
     assert half.dtype == jnp.float32

@@ -303,7 +303,7 @@ def test_vaswanis_sizes_have_about_their_number_of_parameters(millions, options)
 # What must not change the result
 
 
-@pytest.mark.parametrize("options", [{"unroll": 2}, {"remat": True}])
+@pytest.mark.parametrize("options", [{"unroll": 2}, {"remat": "full"}])
 def test_unroll_and_remat_change_nothing(options):
     source, target = tokens(0, 7), tokens(1, 6)
     params = random_params(make("t5 v1.1"))

@@ -49,8 +49,8 @@ class Stack(nn.Module):
     """A stack by itself."""
 
     num_layers: int = 4
-    unroll: int = 1
-    remat: bool = False
+    unroll: int | None = None
+    remat: str = "none"
     dropout: float = 0.0
     drop_path: float = 0.0
     dtype: str = "float32"
@@ -245,7 +245,7 @@ def loss_and_gradients(stack, params, x):
     return jax.value_and_grad(loss)(params)
 
 
-@pytest.mark.parametrize("options", [{"unroll": 9}, {"remat": True}])
+@pytest.mark.parametrize("options", [{"unroll": 9}, {"remat": "full"}])
 def test_unroll_and_remat_change_neither_values_nor_gradients(options):
     x, plain, other = normal(0, 2, 6, 12), Stack(2, dropout=0.3), Stack(2, dropout=0.3, **options)
     params = random_params(plain, x)

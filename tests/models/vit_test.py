@@ -115,6 +115,6 @@ def test_what_is_refused(model, message):
 
 def test_the_layout_of_the_scan_changes_nothing():
     params, scanned = run(encoder(layer_scale=0.1))
-    for fields in ({"unroll": 2}, {"remat": True}):
+    for fields in ({"unroll": 2}, {"remat": "full"}):
         other = encoder(layer_scale=0.1, **fields).apply({"params": params}, IMAGES)
         np.testing.assert_allclose(other, scanned, atol=1e-5)

@@ -303,8 +303,8 @@ def test_wrong_values_are_named(family, changes, message, tmp_path):
 
 def test_overrides(family, tmp_path):
     folder = save(tmp_path, family)
-    model = huggingface.load_model(str(folder), "causal_lm", dropout=0.3, dtype="bfloat16", remat=True, unroll=2)
-    assert model == MODELS[family].clone(dropout=0.3, dtype="bfloat16", remat=True, unroll=2)
+    model = huggingface.load_model(str(folder), "causal_lm", dropout=0.3, dtype="bfloat16", remat="full", unroll=2)
+    assert model == MODELS[family].clone(dropout=0.3, dtype="bfloat16", remat="full", unroll=2)
     huggingface.load_params(str(folder), model, shapes(model))
     with pytest.raises(UserError, match="'num_kv_heads' is fixed by the pretrained weights"):
         huggingface.load_model(str(folder), "causal_lm", num_kv_heads=2)

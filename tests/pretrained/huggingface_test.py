@@ -517,15 +517,15 @@ def test_a_roberta_without_padding_id_is_refused(tmp_path):
 
 def test_overrides(family, folder):
     model = huggingface.sequence_classifier(
-        str(folder), dropout=0, dtype="bfloat16", unroll=2, remat=True, head_dropout=0.5
+        str(folder), dropout=0, dtype="bfloat16", unroll=2, remat="full", head_dropout=0.5
     )
-    assert model.encoder == MODELS[family].encoder.clone(dropout=0, dtype="bfloat16", unroll=2, remat=True)
+    assert model.encoder == MODELS[family].encoder.clone(dropout=0, dtype="bfloat16", unroll=2, remat="full")
     assert model.head_dropout == 0.5
     load(folder, model)
     for override, message in [
         ({"dropuot": 0.0}, "'dropuot' is not an option; did you mean 'dropout'"),
         ({"hidden_size": 8}, "'hidden_size' is fixed by the pretrained weights"),
-        ({"remat": "yes"}, "remat='yes' is of the wrong type"),
+        ({"remat": True}, "remat=True is of the wrong type"),
     ]:
         with pytest.raises(UserError, match=message):
             huggingface.sequence_classifier(str(folder), **override)
