@@ -15,8 +15,6 @@ MOVED = {
     "research.features": "research.evaluators.features",
     "research.transfer": "research.configuration.transfer",
 }
-
-
 # Settings that were flags, and are names now.
 RENAMED = {"remat": {True: "full", False: "none"}}
 
@@ -32,28 +30,23 @@ def current(path: str) -> str:
 def current_config(node: Any) -> Any:
     """Return a config, as config.json holds it, with every `call` and setting brought up to date."""
     if isinstance(node, Mapping):
-<<<<<<< HEAD
         if node.get("call") == "research.optimizer.sgd":
             node = _without_sgd(node)
-        return {k: current(v) if k == "call" and isinstance(v, str) else current_config(v) for k, v in node.items()}
-=======
         return {key: _current_value(key, value) for key, value in node.items()}
->>>>>>> shard
     if isinstance(node, list | tuple):
         return [current_config(value) for value in node]
     return node
 
 
-<<<<<<< HEAD
 def _without_sgd(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return the section of an optimizer that was a function of its own, with a direction instead."""
     rest = {key: value for key, value in node.items() if key not in ("call", "momentum")}
     return rest | {"direction": {"call": "optax.trace", "decay": node.get("momentum", 0.9)}}
-=======
+
+
 def _current_value(key: str, value: Any) -> Any:
     if key == "call" and isinstance(value, str):
         return current(value)
     if isinstance(value, bool):
         return RENAMED.get(key, {}).get(value, value)
     return current_config(value)
->>>>>>> shard
