@@ -16,7 +16,7 @@ from research.errors import UserError, nearest
 
 
 def build(node: Any, name: str, /, **context: Any) -> Any:
-    """Builds a config node and all nodes in it.
+    """Build a config node and all nodes in it.
 
     Args:
       node: a mapping with `call` is built by calling that; other mappings become dicts and sequences tuples.
@@ -32,7 +32,7 @@ def build(node: Any, name: str, /, **context: Any) -> Any:
 
 
 def invoke(target: Callable[..., Any], arguments: Mapping[str, Any], name: str, /, **context: Any) -> Any:
-    """Calls `target`; an unknown, missing or mistyped argument is a UserError that says which."""
+    """Call `target`; an unknown, missing or mistyped argument is a UserError that says which."""
     every = {k: p for k, p in inspect.signature(target).parameters.items() if k not in ("parent", "name")}
     parameters = {k: p for k, p in every.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in every.values())  # and checks their names itself
@@ -57,7 +57,7 @@ def invoke(target: Callable[..., Any], arguments: Mapping[str, Any], name: str, 
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Returns whether a value has the annotated type; an int is a float too, but a bool is neither."""
+    """Return whether a value has the annotated type; an int is a float too, but a bool is neither."""
     try:
         typeguard.check_type(value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except typeguard.TypeCheckError:
@@ -71,14 +71,14 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _placed(message: str, name: str, arguments: Mapping[str, Any]) -> str:
-    """Puts the name of the node before what an object has to say about its arguments."""
+    """Put the name of the node before what an object has to say about its arguments."""
     if message.startswith(("config.", "--")):
         return message
     return f"{name}.{message}" if message.partition(":")[0] in arguments else f"{name}: {message}"
 
 
 def locate(path: str, name: str) -> Callable[..., Any]:
-    """Returns the object at a dotted path such as "research.models.bert.Encoder"."""
+    """Return the object at a dotted path such as "research.models.bert.Encoder"."""
     module, _, attribute = str(path).rpartition(".")
     if not module:
         raise UserError(f"{name}.call: '{path}' is not written like package.module.name")
@@ -99,7 +99,7 @@ def locate(path: str, name: str) -> Callable[..., Any]:
 
 
 def _nearest_module(missing: str) -> str:
-    """Suggests a sibling of the first part of a dotted path that could not be imported."""
+    """Suggest a sibling of the first part of a dotted path that could not be imported."""
     package, _, _ = missing.rpartition(".")
     path = getattr(importlib.import_module(package), "__path__", []) if package else None
     siblings = [f"{package}.{m.name}".removeprefix(".") for m in pkgutil.iter_modules(path)]

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from research import sharding, step
 from research.build import build, invoke, locate
 from research.checkpoint import Checkpoints
+from research.configuration import trust
 from research.data.dataset import Dataset, Source
 from research.data.tokenizer import read
 from research.errors import UserError, nearest
@@ -75,6 +76,7 @@ class Experiment:
           workdir: the run's folder, whose tokenizer is taken where it is this config's.
         """
         self.config = ConfigDict(json.loads(config.to_json()))  # as config.json holds it: plain values, no references
+        trust.add(self.config)  # it was checked if it comes from a folder; otherwise it is the user's own
         self._source, self._workdir = source, workdir
         _check(self.config)
 

@@ -22,6 +22,9 @@ Flags:
   --output        predict, generate: the file to write; by default, and for -, the standard output.
                   images: a .png file for a grid, a folder for a file each, or an .npz file for the numbers
                   export: the folder to write; by default export in the run's folder
+  --trust         modules whose code the config.json of a run's folder may call besides this package's models, tasks,
+                  data and the like: --trust=mypackage; repeatable, or separated by commas. What --config and overrides
+                  name needs no flag
   --distributed   join the other processes of a pod or a cluster before starting
 
 Exit status: 0 done; 2 your mistake, said in one line; 75 preempted after saving, run the same again; 1 anything else.
@@ -36,7 +39,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from research.configuration import overrides
+from research.configuration import overrides, trust
 from research.errors import UserError, nearest
 from research.runtime import allocator
 
@@ -73,13 +76,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name in FLAGS:
         parser.add_argument(f"--{name}")
+    parser.add_argument("--trust", action="append", default=[])
     parser.add_argument("--distributed", action="store_true")
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0]
         if not name.startswith("--"):
             raise UserError(f"'{name}' is no flag; flags begin with -- and hold no spaces around =")
-        raise UserError(f"{name}: there is no such flag{nearest(name, [f'--{n}' for n in (*FLAGS, 'distributed')])}")
+        known = [f"--{flag}" for flag in (*FLAGS, "trust", "distributed")]
+        raise UserError(f"{name}: there is no such flag{nearest(name, known)}")
     flags.mode = flags.mode or "train"
     if flags.mode not in MODES:
         raise UserError(f"--mode: there is no '{flags.mode}'{nearest(flags.mode, MODES)}")
@@ -96,6 +101,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _run(argv: Sequence[str]) -> int:
     changes, rest = overrides.split(argv)
     flags = _parse(rest)
+    with trust.also([module for value in flags.trust for module in value.split(",")]):
+        return _run_mode(flags, changes)
+
+
+def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) -> int:
     workdir = pathlib.Path(flags.workdir).expanduser().absolute()
     if flags.config:
         config = overrides.load(flags.config)

@@ -18,7 +18,7 @@ Override = tuple[str, str]  # its key below the config, "optimizer.learning_rate
 
 
 def split(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """Parts a command line into overrides (--config.KEY=VALUE) and the rest.
+    """Split a command line into overrides (--config.KEY=VALUE) and the rest.
 
     Raises:
       UserError: an override has no value, or another one follows that undoes it.
@@ -40,7 +40,7 @@ def split(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
 
 
 def load(argument: str) -> ConfigDict:
-    """Returns what `get_config` in a file gives; `argument` is its path and, after a colon, the variant.
+    """Return what `get_config` in a file gives; `argument` is its path and, after a colon, the variant.
 
     Raises:
       UserError: there is no such file or variant, or its Python is wrong.
@@ -67,7 +67,7 @@ def load(argument: str) -> ConfigDict:
 
 
 def apply(config: ConfigDict, overrides: Sequence[Override]) -> None:
-    """Overrides values of a config.
+    """Override values of a config.
 
     A value is read as what it replaces: text as it is, numbers, true and false as JSON, sequences as JSON or parted by
     commas, sections as JSON. What replaces null, or is new, may be any of these. A key is new where the callable that
@@ -92,7 +92,7 @@ def _join(name: str, part: str | int) -> str:
 
 
 def _child(node: Any, part: str | int, name: str) -> Any:
-    """Returns the node below `node`, which is called `name`."""
+    """Return the node below `node`, which is called `name`."""
     if isinstance(part, int):
         if not isinstance(node, list | tuple):
             raise UserError(f"{name}: it is no sequence, so there is no {name}[{part}]")
@@ -107,7 +107,7 @@ def _child(node: Any, part: str | int, name: str) -> Any:
 
 
 def _begun(node: ConfigDict | dict, part: str, name: str) -> bool:
-    """Begins a section that the config left out, all of whose keys have their defaults, if it is one."""
+    """Begin a section that the config left out, all of whose keys have their defaults, if it is one."""
     from research.experiment import SECTIONS
 
     if not isinstance(node, ConfigDict) or name != "config" or part not in SECTIONS:
@@ -118,7 +118,7 @@ def _begun(node: ConfigDict | dict, part: str, name: str) -> bool:
 
 
 def _set(node: Any, part: str | int, text: str, name: str) -> None:
-    """Sets one value, everywhere if it is a reference that other keys follow."""
+    """Set one value, everywhere if it is a reference that other keys follow."""
     path = _join(name, part)
     new = isinstance(node, ConfigDict | dict) and part not in node and part in (known := _parameters(node, name))
     old = known[str(part)] if new else _child(node, part, name)
@@ -146,7 +146,7 @@ def _value(field: Any) -> Any:
 
 
 def _parameters(node: Mapping[str, Any] | ConfigDict, name: str) -> dict[str, Any]:
-    """Returns the parameters of what a section configures, and their defaults."""
+    """Return the parameters of what a section configures, and their defaults."""
     from research.build import locate  # here, as it takes seconds that a mistyped command line should not
     from research.experiment import KEYS, SECTIONS
 
@@ -160,7 +160,7 @@ def _parameters(node: Mapping[str, Any] | ConfigDict, name: str) -> dict[str, An
 
 
 def _parse(text: str, kind: type, old: Any, path: str) -> Any:
-    """Returns the value that `text` stands for where one of type `kind` stood."""
+    """Return the value that `text` stands for where one of type `kind` stood."""
     if kind is str:
         return text
     if issubclass(kind, list | tuple):
@@ -186,7 +186,7 @@ def _parse(text: str, kind: type, old: Any, path: str) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """Reads JSON, or else Python's literals, or else leaves text."""
+    """Read JSON, or else Python's literals, or else leave text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -203,7 +203,7 @@ def _some_keys(section: Any, path: str) -> str:
 
 
 def _where(error: Exception, path: pathlib.Path) -> str:
-    """Returns file:line, the last line of the config file that an error passed through."""
+    """Return file:line, the last line of the config file that an error passed through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines.append(error.lineno)

@@ -72,7 +72,7 @@ def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
 
 
 def _whole(array: jax.Array) -> np.ndarray:
-    """Returns all of an array, also where other processes hold parts of it."""
+    """Return all of an array, also where other processes hold parts of it."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -30,14 +30,14 @@ ENDINGS = ("", "!", " film", " book", " plot.", " cast, too", " from end to end"
 def choose(
     name: str | None, variants: Mapping[str, Callable[[ConfigDict], ConfigDict]], config: ConfigDict
 ) -> ConfigDict:
-    """Applies the variant that stands after the colon of --config=configs/NAME.py:VARIANT."""
+    """Apply the variant that stands after the colon of --config=configs/NAME.py:VARIANT."""
     if (name or "") not in variants:
         raise UserError(f"--config: there is no variant '{name or ''}'{nearest(str(name), [v for v in variants if v])}")
     return variants[name or ""](config)
 
 
 def derived(reference: FieldReference, function: Callable[[Any], Any], kind: type) -> FieldReference:
-    """Returns a config value, of type `kind`, that follows another one: `function` of it, unless overridden itself."""
+    """Return a config value, of type `kind`, that follows another one: `function` of it, unless overridden itself."""
     return FieldReference(kind(), field_type=kind, op=_Follow(lambda _, value: function(value), [reference]))
 
 
@@ -49,12 +49,12 @@ class _Follow(NamedTuple):
 
 
 def datasets(config: ConfigDict) -> list[ConfigDict]:
-    """Returns the nodes of all datasets of a config: its `data` and the `data` of its `evals`."""
+    """Return the nodes of all datasets of a config: its `data` and the `data` of its `evals`."""
     return [config.data, *(evaluator.data for evaluator in config.evals.values())]
 
 
 def tiny_text_model(config: ConfigDict) -> ConfigDict:
-    """Makes a config of text classification train a small new encoder, on the bytes of the text, for a few steps."""
+    """Make a config of text classification train a small new encoder, on the bytes of the text, for a few steps."""
     for node in datasets(config):
         node.ops[0]["max_length"] = 32
     config = tiny_run(tiny_encoder(config, "SequenceClassifier", 32))
@@ -63,7 +63,7 @@ def tiny_text_model(config: ConfigDict) -> ConfigDict:
 
 
 def tiny_text_data(config: ConfigDict, labels: Sequence[str], fields: Sequence[str] = ("text",)) -> ConfigDict:
-    """Replaces all data of a config of text classification by a few texts that are easily told apart.
+    """Replace all data of a config of text classification by a few texts that are easily told apart.
 
     Args:
       config: its datasets are changed.
@@ -82,7 +82,7 @@ def tiny_text_data(config: ConfigDict, labels: Sequence[str], fields: Sequence[s
 
 
 def tiny_run(config: ConfigDict) -> ConfigDict:
-    """Makes a config train for a few steps, text as bytes, with an evaluation and a checkpoint on the way."""
+    """Make a config train for a few steps, text as bytes, with an evaluation and a checkpoint on the way."""
     config.tokenizer = {"call": "research.data.tokenizer.byte_level"}
     config.init = None
     config.num_epochs = None
@@ -95,7 +95,7 @@ def tiny_run(config: ConfigDict) -> ConfigDict:
 
 
 def tiny_documents(config: ConfigDict, length: int, fields: Sequence[str] = ("text",)) -> ConfigDict:
-    """Makes a config of language modelling run for a few steps on the bytes of a few texts.
+    """Make a config of language modelling run for a few steps on the bytes of a few texts.
 
     Args:
       config: its datasets are changed.
@@ -119,7 +119,7 @@ def tiny_documents(config: ConfigDict, length: int, fields: Sequence[str] = ("te
 
 
 def tiny_images(config: ConfigDict, size: int, channels: int = 3, objects: int = 1) -> ConfigDict:
-    """Makes a config of images run for a few steps on drawn shapes of three classes.
+    """Make a config of images run for a few steps on drawn shapes of three classes.
 
     Args:
       config: its datasets are changed; ops that read a class find it in `label` (or in `objects`, as in TFDS's coco).
@@ -138,7 +138,7 @@ def tiny_images(config: ConfigDict, size: int, channels: int = 3, objects: int =
 
 
 def tiny_encoder(config: ConfigDict, model: str, max_positions: int, **fields: float) -> ConfigDict:
-    """Gives a config a small new encoder of bytes, under the head `model`, a name in `research.models.bert`."""
+    """Give a config a small new encoder of bytes, under the head `model`, a name in `research.models.bert`."""
     encoder = fields | {
         "call": "research.models.bert.Encoder",
         "vocab_size": 260,
@@ -157,7 +157,7 @@ def tiny_encoder(config: ConfigDict, model: str, max_positions: int, **fields: f
 
 
 def tiny_questions(config: ConfigDict, unanswerable: bool = False) -> ConfigDict:
-    """Makes a config of question answering run for a few steps on the bytes of passages of one window or two."""
+    """Make a config of question answering run for a few steps on the bytes of passages of one window or two."""
     records = []
     for thing in ("ant", "cat", "dog", "emu"):
         for opening in ("", "well, ", "once upon a time ", "it is said, and I believe it, that "):
@@ -173,7 +173,7 @@ def tiny_questions(config: ConfigDict, unanswerable: bool = False) -> ConfigDict
 
 
 def tiny_sentences(config: ConfigDict) -> ConfigDict:
-    """Makes a config of token classification run for a few steps on the bytes of sentences with people and places."""
+    """Make a config of token classification run for a few steps on the bytes of sentences with people and places."""
     kinds = {"Ann": 1, "Bob": 1, "Oslo": 3, "Rome": 3, "Lee": 2}
     names = {"ner": ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")}
     records = []

@@ -11,17 +11,17 @@ from research.errors import UserError, nearest
 
 
 class Messages:
-    """Makes a conversation of an example's fields, by templates such as "Translate into German: {source}"."""
+    """Make a conversation of an example's fields, by templates such as "Translate into German: {source}"."""
 
     def __init__(self, user: str, assistant: str = "", system: str = ""):
-        """Takes what each role says; a role that says nothing is left out.
+        """Take what each role says; a role that says nothing is left out.
 
         So is the answer where an example lacks a field that it is made of: the conversation is then a question.
         """
         self._templates = {"system": system, "user": user, "assistant": assistant}
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Returns the example with the field `messages`."""
+        """Return the example with the field `messages`."""
         messages = []
         for role, template in self._templates.items():
             fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
@@ -48,7 +48,7 @@ class ChatTokens:
     """
 
     def __init__(self, tokenizer: Tokenizer, messages: str = "messages", max_length: int = 1024):
-        """Reads the field `messages`: a list of {"role": "user", "content": "Hello"}."""
+        """Read the field `messages`: a list of {"role": "user", "content": "Hello"}."""
         if max_length < 1:
             raise UserError(f"max_length: {max_length} is less than 1")
         self.messages, self.max_length = messages, max_length
@@ -57,7 +57,7 @@ class ChatTokens:
         self._tokenizer = tokenizer
 
     def __call__(self, example: dict[str, Any]) -> list[dict[str, Any]]:
-        """Returns the example with its features, or nothing."""
+        """Return the example with its features, or nothing."""
         messages = _messages(example, self.messages)
         if all(message["role"] != "assistant" for message in messages):
             return [example | self._question(messages)]
@@ -80,7 +80,7 @@ class ChatTokens:
 
 
 def answer_spans(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """Renders a conversation.
+    """Render a conversation.
 
     Returns:
       the text, and where in it, in characters, each answer begins and ends, with what marks its end.

@@ -108,11 +108,11 @@ class Tokenizer:
         return self.backend.token_to_id(self.specials[role]) if role in self.specials else None
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
-        """Returns the text of ids; those beyond the vocabulary are left out."""
+        """Return the text of ids; those beyond the vocabulary are left out."""
         return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """Returns a conversation as the text that a model reads.
+        """Return a conversation as the text that a model reads.
 
         Args:
           messages: in order, each with a "role" (system, user, assistant) and its "content".
@@ -131,13 +131,13 @@ class Tokenizer:
             raise UserError(f"the chat template: {' '.join(str(error).split())}") from error
 
     def truncated(self, max_length: int) -> "Tokenizer":
-        """Returns one whose encodings hold at most `max_length` tokens; the longer text of a pair is cut first."""
+        """Return one whose encodings hold at most `max_length` tokens; the longer text of a pair is cut first."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.enable_truncation(max_length)
         return dataclasses.replace(self, backend=backend)
 
     def save(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        """Writes the files that `transformers`, and `load`, read the tokenizer from, and returns them.
+        """Write the files that `transformers`, and `load`, read the tokenizer from, and return them.
 
         They are copies where it was loaded from such files, but that the padding token is always named.
         """
@@ -163,7 +163,7 @@ class Tokenizer:
 
 
 def load(path: str) -> Tokenizer:
-    """Loads the tokenizer of a Hugging Face folder.
+    """Load the tokenizer of a Hugging Face folder.
 
     Args:
       path: anything that `assets.resolve` takes: the folder, or its tokenizer.json. A folder with a vocab.txt alone
@@ -173,7 +173,7 @@ def load(path: str) -> Tokenizer:
 
 
 def read(file: pathlib.Path) -> Tokenizer:
-    """Loads the tokenizer of a local folder, or of a GGUF file; see `load`."""
+    """Load the tokenizer of a local folder, or of a GGUF file; see `load`."""
     if gguf.is_file(file):
         return Tokenizer(**gguf.tokenizer(file)._asdict())
     folder = file if file.is_dir() else file.parent
@@ -196,7 +196,7 @@ def read(file: pathlib.Path) -> Tokenizer:
 
 
 def byte_level(sentinels: int = 0) -> Tokenizer:
-    """Returns a tokenizer that needs no files: one token a byte of UTF-8, framed as BERT frames its texts.
+    """Return a tokenizer that needs no files: one token a byte of UTF-8, framed as BERT frames its texts.
 
     Args:
       sentinels: how many tokens <extra_id_0>, ... span corruption gets, after the 260 others.
@@ -239,7 +239,7 @@ def _from_json(file: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _from_merges(folder: pathlib.Path, settings: Mapping[str, Any], named: Mapping[str, str]) -> tokenizers.Tokenizer:
-    """Returns GPT-2's tokenizer, or RoBERTa's, which frames its texts."""
+    """Return GPT-2's tokenizer, or RoBERTa's, which frames its texts."""
     prefix_space = bool(settings.get("add_prefix_space", False))
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
@@ -254,7 +254,7 @@ def _from_merges(folder: pathlib.Path, settings: Mapping[str, Any], named: Mappi
 
 
 def _named(*files: Mapping[str, Any]) -> dict[str, str]:
-    """Returns what tokenizer_config.json and special_tokens_map.json call the special tokens; the first one decides."""
+    """Return what tokenizer_config.json and special_tokens_map.json call the special tokens; the first one decides."""
     found: dict[str, str] = {}
     for file in files:
         for name in (*(f"{role}_token" for role in WELL_KNOWN), "pad_token"):
@@ -264,7 +264,7 @@ def _named(*files: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _specials(backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> dict[str, str]:
-    """Returns role -> token; a folder that names one of bos and eos means to have no other one."""
+    """Return role -> token; a folder that names one of bos and eos means to have no other one."""
     vocabulary = backend.get_vocab()
     guesses = dict(WELL_KNOWN)
     if "<mask>" in vocabulary:  # RoBERTa's frame
@@ -308,7 +308,7 @@ class _Generation(jinja2.ext.Extension):
 
 @functools.lru_cache
 def _compiled(template: str) -> jinja2.Template:
-    """Compiles a chat template for the environment that Transformers gives them; it cannot reach anything else."""
+    """Compile a chat template for the environment that Transformers gives them; it cannot reach anything else."""
     extensions = [_Generation, jinja2.ext.loopcontrols]
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=extensions

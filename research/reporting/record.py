@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from research import assets
+from research.configuration import trust
 from research.configuration.moved import current_config
 from research.errors import UserError
 from research.runtime.preemption import PreemptedError
@@ -28,10 +29,10 @@ FREE_TO_CHANGE = ("checkpoint", "log", "mesh")
 
 
 class Record:
-    """Writes run.json when a run begins and when it ends, however it ends."""
+    """Write run.json when a run begins and when it ends, however it ends."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
-        """Checks that the folder holds no run of another config that has got as far as a checkpoint.
+        """Check that the folder holds no run of another config that has got as far as a checkpoint.
 
         Args:
           workdir: the run's folder; made if it is not there.
@@ -64,7 +65,7 @@ class Record:
                 self._write()
 
     def note(self, **facts: Any) -> None:
-        """Adds facts about this attempt."""
+        """Add facts about this attempt."""
         self._attempt |= facts
 
     def _write(self) -> None:
@@ -94,7 +95,7 @@ class Record:
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
-    """Returns the config of the run in a folder."""
+    """Return the config of the run in a folder; see `read_config`."""
     config = read_config(workdir)
     if config is None:
         raise UserError(f"--workdir: {workdir} holds no run (it has no config.json)")
@@ -102,12 +103,18 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Return the config of the run in a folder as JSON, with today's dotted paths; None where there is no run."""
-    return current_config(read_json(workdir / "config.json"))
+    """Return the config of the run in a folder as JSON, with today's dotted paths; None where there is no run.
+
+    Raises:
+      UserError: it names what a folder may not name; see `research.configuration.trust`.
+    """
+    config = current_config(read_json(workdir / "config.json"))
+    trust.check(config, workdir / "config.json")
+    return config
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Returns (key, old value, new value) wherever two configs differ; None where a key is missing."""
+    """Return (key, old value, new value) wherever two configs differ; None where a key is missing."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         a, b = old.get(key), new.get(key)
@@ -119,7 +126,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Returns what a JSON file holds; None where there is none."""
+    """Return what a JSON file holds; None where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -129,7 +136,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file atomically."""
+    """Write a JSON file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -142,7 +149,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the most memory used so far: by the first device where it says, else by this process."""
+    """Return the most memory used so far: by the first device where it says, else by this process."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return int(statistics["peak_bytes_in_use"])
@@ -151,7 +158,7 @@ def peak_memory_bytes() -> int:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Returns the commit that this code is at and whether it was changed since; None outside a repository."""
+    """Return the commit that this code is at and whether it was changed since; None outside a repository."""
     folder = pathlib.Path(__file__).parent
 
     def git(*arguments: str) -> str:
