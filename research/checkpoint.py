@@ -50,6 +50,7 @@ class Checkpoints:
         directory: pathlib.Path,
         every_steps: int = 0,
         keep: int = 2,
+        keep_every: int | None = None,
         best: str | None = None,
         mode: str = "max",
         patience: int | None = None,
@@ -60,7 +61,8 @@ class Checkpoints:
         Args:
           directory: the folder; made on the first save.
           every_steps: as above.
-          keep: how many of the latest are kept; at least 2, so that a damaged one has a forerunner.
+          keep: how many of the latest are kept; at least 2, so that a damaged one has a predecessor.
+          keep_every: checkpoints of every so many steps are never deleted; a multiple of `every_steps`.
           best: as above.
           mode: as above.
           patience: stop early after that many evaluations without a better `best`; None never does.
@@ -72,13 +74,17 @@ class Checkpoints:
             raise UserError(
                 f"config.checkpoint: keep ({keep}) must be at least 1, every_steps ({every_steps}) at least 0"
             )
+        if keep_every is not None and (keep_every < 1 or every_steps == 0 or keep_every % every_steps):
+            raise UserError(
+                f"config.checkpoint.keep_every: {keep_every} is not a multiple of every_steps, {every_steps}"
+            )
         if patience is not None and best is None:
             raise UserError("config.checkpoint.patience: early stopping needs config.checkpoint.best, a metric's name")
         if mode == "min" and best is None:
             raise UserError("config.checkpoint.mode: it says how config.checkpoint.best is ranked, which is not set")
         self.best, self.mode, self.every_steps, self.patience = best, mode, every_steps, patience
         self._directory = directory
-        self._kept = _Kept(keep)
+        self._kept = _Kept(keep, keep_every)
         if not read_only:
             self._end_replacement()
         self._manager = ocp.CheckpointManager(
@@ -245,17 +251,21 @@ class Checkpoints:
 
 
 class _Kept(checkpoint_managers.PreservationPolicy):
-    """Which checkpoints are not deleted: the latest, and the best."""
+    """Which checkpoints are not deleted: the latest, the best, and milestones."""
 
-    def __init__(self, latest: int):
-        self.latest = latest
+    def __init__(self, latest: int, every: int | None):
+        self.latest, self.every = latest, every
         self.best: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Returns for each checkpoint, in ascending order, whether it stays."""
         del context
         first = len(checkpoints) - self.latest
-        return [i >= first or checkpoint.step == self.best for i, checkpoint in enumerate(checkpoints)]
+
+        def kept(i: int, step: int) -> bool:
+            return i >= first or step == self.best or (self.every is not None and step % self.every == 0)
+
+        return [kept(i, checkpoint.step) for i, checkpoint in enumerate(checkpoints)]
 
 
 def quieten() -> None:

@@ -13,7 +13,12 @@ from research.experiment import Experiment
 from research.optimizer import evaluation_params
 from research.reporting.record import write_json
 from research.reporting.writers import Progress, write_pictures
+from research.runtime.preemption import PreemptedError
 from research.task import Params
+
+
+class EvaluationError(Exception):
+    """An evaluator failed; what was trained is not lost."""
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = "") -> dict[str, Any]:
@@ -47,15 +52,22 @@ def scores(
     params: Params,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Returns every evaluator's metrics, and its pictures uint8 [height, width, 3], as "name/metric".
+    """Return every evaluator's metrics, and its pictures uint8 [height, width, 3], as "name/metric".
 
     `check` may raise to give up between batches.
+
+    Raises:
+      EvaluationError: an evaluator failed.
     """
-    found = {
-        f"{name}/{metric}": value
-        for name, evaluator in evaluators.items()
-        for metric, value in evaluator(params, check).items()
-    }
+    found: dict[str, float | np.ndarray] = {}
+    for name, evaluator in evaluators.items():
+        try:
+            metrics = evaluator(params, check)
+        except (UserError, PreemptedError):
+            raise
+        except Exception as error:
+            raise EvaluationError(f"config.evals.{name} failed ({type(error).__name__}: {error})") from error
+        found |= {f"{name}/{metric}": value for metric, value in metrics.items()}
     pictures = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
     return {name: float(value) for name, value in found.items() if name not in pictures}, pictures
 

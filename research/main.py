@@ -36,12 +36,13 @@ import logging
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from research.configuration import overrides, trust
 from research.errors import UserError, nearest
-from research.runtime import allocator
+from research.runtime import allocator, memory
 
 MODES = {
     "train": (),
@@ -107,10 +108,14 @@ def _run(argv: Sequence[str]) -> int:
 
 def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) -> int:
     workdir = pathlib.Path(flags.workdir).expanduser().absolute()
+    _check_folder(workdir, writes=flags.mode == "train")
     if flags.config:
         config = overrides.load(flags.config)
         overrides.apply(config, changes)  # before JAX is imported, which takes seconds
     allocator.keep()
+    import jax
+
+    from research import evaluate
     from research.checkpoint import SaveError, UnreadableCheckpointError, quieten
     from research.reporting.meter import NonFiniteError
     from research.reporting.record import load_config
@@ -128,10 +133,28 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
     except PreemptedError as error:
         print(f"preempted: {error}", file=sys.stderr)
         return 75
+    except evaluate.EvaluationError as error:
+        traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (NonFiniteError, UnreadableCheckpointError, SaveError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if (line := memory.explain(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _check_folder(workdir: pathlib.Path, writes: bool) -> None:
+    """Raise UserError unless a run's folder is one, or can be made."""
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--workdir: {there} is a file; name a folder")
+    if writes and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir: {there} cannot be written to; name another folder")
 
 
 def _start_jax(distributed: bool) -> None:

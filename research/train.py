@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from research import evaluate, sharding
 from research.checkpoint import Checkpoints
+from research.errors import UserError
 from research.experiment import Experiment
 from research.metrics import Mean
 from research.optimizer import evaluation_params
@@ -39,6 +40,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       NonFiniteError: the loss or its gradient is not finite.
       UnreadableCheckpointError: the run has checkpoints, and none can be read.
       SaveError: a checkpoint cannot be written.
+      EvaluationError: an evaluator failed; the state is saved.
     """
     experiment = Experiment(config, workdir=workdir)
     experiment.build()
@@ -131,14 +133,15 @@ class _Loop:
             if scalars := self.meter.flush():
                 self.writer.write(self.step, scalars)
                 self.progress.log(self.step, scalars)
-        evaluated = False
-        if last or (log.evaluate_every_steps and self.step and self.step % log.evaluate_every_steps == 0):
+        evaluating = last or (log.evaluate_every_steps and self.step and self.step % log.evaluate_every_steps == 0)
+        every, evaluated = self.checkpoints.every_steps, False
+        due = self.step and (last or (every and self.step % every == 0) or (evaluating and self.checkpoints.best))
+        if evaluating:
+            if due:
+                self.save()  # before the evaluation, which may fail
             evaluated = self.evaluate()
-        every = self.checkpoints.every_steps
-        if self.step and (
-            self.finished() or (every and self.step % every == 0) or (evaluated and self.checkpoints.best)
-        ):
-            self.save(replace=evaluated)  # the one saved when this evaluation was interrupted does not know its result
+        if due or (self.step and self.finished()):
+            self.save(replace=evaluated)  # the one from before this evaluation does not know its result
 
     def finished(self) -> bool:
         patience = self.checkpoints.patience
@@ -157,6 +160,11 @@ class _Loop:
                 metrics, pictures = evaluate.scores(self.experiment.evaluators, params, self.preemption.check)
         except PreemptedError:
             self.stop()
+        except (evaluate.EvaluationError, UserError) as error:
+            self.save()
+            self.checkpoints.wait()
+            kept = f"the checkpoint of step {self.step} is kept, and the same command goes on from it"
+            raise type(error)(f"{error}; {kept}") from error.__cause__
         self.lap()
         self.writer.write(self.step, metrics, pictures)
         self.progress.line("  ".join([f"step {self.step}", *(f"{k} {v:.4f}" for k, v in metrics.items())]))

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from research import evaluate
 
@@ -15,3 +16,11 @@ def test_numbers_and_pictures_part_and_keep_their_names():
     assert type(metrics["samples/loss"]) is float
     assert list(pictures) == ["samples/grid"]
     assert pictures["samples/grid"] is picture
+
+
+def test_an_evaluator_that_fails_is_named():
+    def broken(params, check):
+        raise ZeroDivisionError("no examples")
+
+    with pytest.raises(evaluate.EvaluationError, match=r"config\.evals\.b failed \(ZeroDivisionError: no examples\)"):
+        evaluate.scores({"a": lambda params, check: {"loss": 1.0}, "b": broken}, {})

@@ -37,6 +37,8 @@ FLAGS = {
     "no variant": ([f"{MOVIES}:tinny"], "no variant 'tinny'; did you mean 'tiny'"),
     "no task": ([f"--config={ROOT}/configs/glue.py"], "no variant ''; there are: cola"),
     "no mode": ([TINY, "--mode=evalute"], "--mode: there is no 'evalute'; did you mean 'evaluate'"),
+    "no such file": (["--config=configs/no_such.py"], "no file configs/no_such.py; there are: configs/bert"),
+    "a flag far from any": ([TINY, "--foo=1"], "--foo: there is no such flag; there are: --checkpoint, --config"),
     "no flag": ([TINY, "--workdri=x"], "--workdri: there is no such flag; did you mean '--workdir'"),
     "no value": ([TINY, "--mode"], "--mode: expected one argument"),
     "a bare word": ([TINY, "train"], "'train' is no flag"),
@@ -54,6 +56,20 @@ def test_flags(case, capsys, tmp_path, monkeypatch):
     arguments, message = FLAGS[case]
     assert message in mistake(capsys, f"--workdir={tmp_path}/run", *arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize("name", ["file", "file/run", "file/a/b"])
+def test_a_workdir_that_is_a_file_or_below_one(mode, name, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    line = mistake(capsys, TINY, f"--workdir={tmp_path / name}", f"--mode={mode}")
+    assert line == f"error: --workdir: {tmp_path / 'file'} is a file; name a folder"
+
+
+def test_a_workdir_that_cannot_be_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    line = mistake(capsys, TINY, f"--workdir={tmp_path}/a/run")
+    assert line == f"error: --workdir: {tmp_path} cannot be written to; name another folder"
 
 
 def test_no_workdir(capsys):
@@ -94,7 +110,7 @@ OVERRIDES = {
     ),
     "garbage for section": ("evals={test", "config.evals: it is a section, not '{test'"),
     "section misspelt": ('optimizer={"learning_rat": 1}', "config.optimizer.learning_rat: .* 'learning_rate'"),
-    "section wanting": ("optimizer={}", "config.optimizer.learning_rate: adamw needs it"),
+    "section wanting": ("optimizer={}", "config.optimizer.learning_rate: make_optimizer needs it"),
     "evals": ('evals={"test": {"x": 1}}', "config.evals.test: it is no evaluator"),
     "task": ("task={}", "config.task: it must be a section with a `call`"),
     "no such class": (

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import movie_snippets
 from research import evaluate, train
 from research.errors import UserError
+from research.evaluate import EvaluationError
 from research.reporting.meter import NonFiniteError
 from research.runtime.preemption import PreemptedError
 
@@ -138,6 +139,39 @@ def test_an_interrupted_evaluation_is_done_again_and_its_best_is_kept(tmp_path, 
     assert [(row["step"], row["test/loss"]) for row in rows(tmp_path) if "test/loss" in row] == [
         *((4, 0.5), (8, 0.1), (12, 0.3))
     ]
+
+
+def test_an_evaluator_that_fails_costs_nothing_that_was_trained(tmp_path, scripted):
+    evaluating = config(log={"evaluate_every_steps": 4}, checkpoint={"every_steps": 100})
+    scripted(0.5, EvaluationError("config.evals.test failed"))
+    with pytest.raises(
+        EvaluationError, match=r"config\.evals\.test failed; the checkpoint of step 8 is kept, and the same"
+    ):
+        train.run(evaluating, tmp_path)
+    assert steps(tmp_path)[-1] == 8
+    scripted(0.1, 0.3)
+    assert train.run(evaluating, tmp_path)["metrics"] == {"test/loss": 0.3}
+    assert [(row["step"], row["test/loss"]) for row in rows(tmp_path) if "test/loss" in row] == [
+        *((4, 0.5), (8, 0.1), (12, 0.3))
+    ]
+
+
+def test_the_last_step_is_saved_before_it_is_evaluated(tmp_path, scripted, monkeypatch):
+    seen = []
+    scripted(0.5)
+    monkeypatch.setattr(
+        evaluate, "scores", lambda *_: seen.extend((tmp_path / "checkpoints").iterdir()) or ({"test/loss": 0.5}, {})
+    )
+    train.run(config(), tmp_path)
+    assert seen
+    assert all(path.name.startswith("12") for path in seen)
+
+
+def test_milestones_are_never_deleted(tmp_path):
+    train.run(config(checkpoint={"every_steps": 2, "keep": 1, "keep_every": 4}), tmp_path)
+    assert steps(tmp_path) == [4, 8, 12]
+    with pytest.raises(UserError, match=r"keep_every: 3 is not a multiple of every_steps, 2"):
+        train.run(config(checkpoint={"every_steps": 2, "keep_every": 3}), tmp_path / "other")
 
 
 def test_a_best_metric_that_no_evaluation_gives_is_named(tmp_path, scripted):

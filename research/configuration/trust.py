@@ -29,7 +29,7 @@ from research.errors import UserError
 
 PACKAGES = (
     *("research.tasks", "research.models", "research.data", "research.evaluators", "research.pretrained"),
-    *("research.optimizer", "research.generation.decoding", "research.generation.diffusion"),
+    *("research.optimizer", "research.directions", "research.generation.decoding", "research.generation.diffusion"),
     "research.configuration.transfer",
 )
 MADE = (

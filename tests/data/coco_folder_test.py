@@ -134,6 +134,11 @@ def spoil(position, **changes):
         (spoil(2, category_id=9), "annotation 3 of '2.png' is of category 9, which is not there", [2, 0, 0, 0]),
         (spoil(2, image_id=9), "annotation 3 is of image 9, which is not there", [2, 0, 0, 0]),
         (spoil(2, id="a"), "annotation a of '2.png' has an id that is no integer", [2, 0, 0, 0]),
+        (
+            lambda c: c["images"][1].update(id="a"),
+            "image 1 has the id 'a', where COCO's format has an integer",
+            [2, 1, 0],
+        ),
         (lambda c: c["images"][1].update(id=100), "image 1 has no id of its own and file_name", [2, 1, 0]),
         (
             lambda c: c["images"][1].update(file_name="x.png"),

@@ -132,6 +132,20 @@ def test_labels_are_ordered_as_numbers_or_as_given(table, tmp_path):
     assert [example["label"] for example in given] == [0, 1, 2]
 
 
+def test_labels_that_are_the_same_number_are_one_class(table, tmp_path, caplog):
+    file = _write(tmp_path / "a.csv", "text,label\na,1\nb,1.0\nc,2.50\nd,2.5\ne,01\n")
+    read = table(file, label="label")
+    assert read.label_names["label"] == ("1", "2.5")
+    assert [example["label"] for example in read] == [0, 0, 1, 1, 0]
+    assert "labels that are the same number are one class" in caplog.text
+    given = table(file, label="label", labels=("2.50", "1.0"))
+    assert [example["label"] for example in given] == [1, 1, 0, 0, 1]
+    mixed = _write(
+        tmp_path / "b.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 1.0}\n{"text": "c", "label": 0}\n'
+    )
+    assert table(mixed, label="label").label_names["label"] == ("0", "1")
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_multi_label(table, tmp_path, name):
     rows = [("x", ["joy", "fear"]), ("y", []), ("z", ["anger"])]

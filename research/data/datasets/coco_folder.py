@@ -231,7 +231,10 @@ def _pictures(
     found: dict[Any, Picture] = {}
     for position, entry in enumerate(content["images"]):
         number, name = entry.get("id"), entry.get("file_name")
-        if type(number) is not int or not isinstance(name, str) or number in found:
+        if number is not None and type(number) is not int:
+            problems.append(f"{file}: image {position} has the id {number!r}, where COCO's format has an integer")
+            continue
+        if number is None or not isinstance(name, str) or number in found:
             problems.append(f"{file}: image {position} has no id of its own and file_name")
             continue
         size = (entry["height"], entry["width"]) if {"height", "width"} <= set(entry) else None

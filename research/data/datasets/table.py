@@ -3,9 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,6 +126,7 @@ def load(config: TableConfig) -> tuple[dict[str, list[rows.Row]], list[str]]:
             raise UserError(f"'{config.files[split]}' holds no rows")
     labels: list[str] = []
     if config.kind != "regression":
+        _unify(splits, config.labels)
         labels = list(config.labels) or _discover(splits["train"])
         for split, read in splits.items():
             for line, example in read:
@@ -152,6 +155,28 @@ def _sha256(path: pathlib.Path) -> str:
 
 def _as_list(label: str | list[str]) -> list[str]:
     return label if isinstance(label, list) else [label]
+
+
+def _unify(splits: Mapping[str, Sequence[rows.Row]], given: Sequence[str]) -> None:
+    """Write labels that are the same number, such as 1 and 1.0, alike: as given, else the shortest way."""
+    found = set(given) | {label for read in splits.values() for _, row in read for label in _as_list(row["label"])}
+    groups: dict[float, list[str]] = {}
+    for label in found:
+        if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", label):
+            groups.setdefault(float(label), []).append(label)
+    one: dict[str, str] = {}
+    for same in groups.values():
+        first = min(same, key=lambda label: (label not in given, len(label), label))
+        one |= {label: first for label in same if label != first and label not in given}
+    if not one:
+        return
+    logging.warning(
+        "labels that are the same number are one class: %s", ", ".join(f"{a} = {b}" for a, b in one.items())
+    )
+    for read in splits.values():
+        for _, row in read:
+            labels = [one.get(label, label) for label in _as_list(row["label"])]
+            row["label"] = sorted(set(labels)) if isinstance(row["label"], list) else labels[0]
 
 
 def _discover(examples: Sequence[rows.Row]) -> list[str]:
@@ -193,6 +218,8 @@ def _label(row: dict[str, Any], config: TableConfig) -> str | float | list[str]:
 
 
 def _label_name(value: Any, config: TableConfig) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, str | int):
         raise ValueError(f"'{config.label}' is neither a string nor an integer but {value!r}")
     name = str(value).strip()
