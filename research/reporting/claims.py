@@ -100,7 +100,7 @@ class Claim:
 
 
 def read_claim(path: pathlib.Path) -> Claim:
-    """Reads and checks a claim.toml.
+    """Read and check a claim.toml.
 
     Raises:
       UserError: it is missing, is not TOML, or a key is missing, misspelt or of the wrong type.
@@ -130,7 +130,7 @@ def read_claim(path: pathlib.Path) -> Claim:
 
 
 def _construct(kind: Any, table: dict[str, Any], path: pathlib.Path, prefix: str) -> Any:
-    """Builds a dataclass from a TOML table, with every key's name and type checked."""
+    """Build a dataclass from a TOML table, with every key's name and type checked."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key, value in table.items():
         if key not in fields:
@@ -147,7 +147,7 @@ def _construct(kind: Any, table: dict[str, Any], path: pathlib.Path, prefix: str
 
 
 def judge(claim: Claim, arms: Arms) -> tuple[str, str]:
-    """Returns the verdict and the reason for it."""
+    """Return the verdict and the reason for it."""
     for arm, found in arms.items():
         if len(found) < claim.runs_per_arm:
             return "not run", f"{claim.arms[arm]}: {len(found)} of {claim.runs_per_arm} runs are recorded"
@@ -158,7 +158,7 @@ def judge(claim: Claim, arms: Arms) -> tuple[str, str]:
 
 
 def _ratio(claim: Claim, arms: Arms) -> tuple[bool, str]:
-    """Judges a ratio of two arms, run by run, or of an arm to the published number."""
+    """Judge a ratio of two arms, run by run, or of an arm to the published number."""
     rule = claim.rule
     above = {run.path.name: run.number(claim.metric) for run in arms[rule.arm]}
     if rule.against == PUBLISHED and claim.published:
@@ -177,7 +177,7 @@ def _ratio(claim: Claim, arms: Arms) -> tuple[bool, str]:
 
 
 def _difference(claim: Claim, arms: Arms) -> tuple[bool, str]:
-    """Judges the difference of two arms' means, or of an arm's mean and the published number."""
+    """Judge the difference of two arms' means, or of an arm's mean and the published number."""
     rule, metric = claim.rule, claim.metric
     ours = mean(arms[rule.arm], metric)
     against = claim.published.value if claim.published and rule.against == PUBLISHED else None
@@ -203,7 +203,7 @@ def mean(found: Sequence[Run], metric: str) -> float:
 
 
 def amount(metric: str, difference: float, sign: str = "") -> str:
-    """Returns a difference, signed where `sign` is "+"; of shares, in points of per cent."""
+    """Return a difference, signed where `sign` is "+"; of shares, in points of per cent."""
     return f"{100 * difference:{sign}.2f} points" if runs.is_share(metric) else f"{difference:{sign}.4g}"
 
 

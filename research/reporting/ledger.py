@@ -38,7 +38,7 @@ class Entry:
 
 
 def write(root: pathlib.Path) -> dict[str, str]:
-    """Writes every page, every figure and the table in the README.md beside `root`.
+    """Write every page, every figure and the table in the README.md beside `root`.
 
     Args:
       root: the ledger's folder.
@@ -59,14 +59,14 @@ def write(root: pathlib.Path) -> dict[str, str]:
 
 
 def pages(root: pathlib.Path, entries: Mapping[str, Entry]) -> dict[pathlib.Path, str]:
-    """Returns {path: text} of each generated page and of the README.md beside `root`, table included."""
+    """Return {path: text} of each generated page and of the README.md beside `root`, table included."""
     texts = {root / name / "README.md": _page(entry) for name, entry in entries.items()}
     readme = root.absolute().parent / "README.md"
     return texts | {readme: _with_table(readme, _table(root.name, entries))}
 
 
 def load(folder: pathlib.Path) -> Entry:
-    """Reads an experiment's claim and records and judges it."""
+    """Read an experiment's claim and records and judge it."""
     claim = read_claim(folder / "claim.toml")
     for path in _folders(folder / "runs"):
         if path.name not in claim.arms:
@@ -76,7 +76,7 @@ def load(folder: pathlib.Path) -> Entry:
 
 
 def record(found: Sequence[Run], into: pathlib.Path) -> list[pathlib.Path]:
-    """Copies the records of runs into an experiment, thinned and without this machine's paths.
+    """Copie the records of runs into an experiment, thinned and without this machine's paths.
 
     Args:
       found: the runs; a record of the same name is replaced.
@@ -104,7 +104,7 @@ def record(found: Sequence[Run], into: pathlib.Path) -> list[pathlib.Path]:
 
 
 def thin(rows: Sequence[Mapping[str, Any]], most: int = MOST_LINES) -> list[Mapping[str, Any]]:
-    """Keeps every evaluation, and of the other lines the first, the last and evenly spread ones, `most` in all."""
+    """Keep every evaluation, and of the other lines the first, the last and evenly spread ones, `most` in all."""
     evaluations = {i for i, row in enumerate(rows) if any(k != "step" and not k.startswith("train/") for k in row)}
     others = [i for i in range(len(rows)) if i not in evaluations]
     room = max(2, most - len(evaluations))
@@ -114,7 +114,7 @@ def thin(rows: Sequence[Mapping[str, Any]], most: int = MOST_LINES) -> list[Mapp
 
 
 def without_paths(value: Any) -> Any:
-    """Returns a JSON value with this machine's paths made relative, or cut down to their last part."""
+    """Return a JSON value with this machine's paths made relative, or cut down to their last part."""
     if isinstance(value, Mapping):
         return {without_paths(key): without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -232,7 +232,7 @@ def _table(root: str, entries: Mapping[str, Entry]) -> str:
 
 
 def _with_table(readme: pathlib.Path, table: str) -> str:
-    """Returns the text of a README.md with the table between its two markers replaced."""
+    """Return the text of a README.md with the table between its two markers replaced."""
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
