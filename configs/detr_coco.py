@@ -117,7 +117,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
 
 
 def _shrink(ops: list) -> None:
-    """Makes ops that resize and cut suit small images."""
+    """Make ops that resize and cut suit small images."""
     for op in ops:
         if op["call"].endswith("boxes.Resize"):
             op.update(shorter=64, longer=96)

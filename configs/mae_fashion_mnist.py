@@ -75,7 +75,7 @@ def data(split: str, train: bool = False, features: tuple[str, ...] = ("image",)
 
 
 def classify(config: ConfigDict) -> ConfigDict:
-    """Makes a classifier of the encoder, trained on 600 labels."""
+    """Make a classifier of the encoder, trained on 600 labels."""
     encoder = config.task.model.encoder
     config.task = dict(
         call="research.tasks.classification.Classification",

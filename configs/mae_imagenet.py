@@ -69,7 +69,7 @@ def encoder(size: str, **fields: float) -> dict:
 
 
 def data(split: str, features: tuple[str, ...], *look: dict) -> dict:
-    """Returns a dataset whose images are cut out, and changed, by the ops `look`."""
+    """Return a dataset whose images are cut out, and changed, by the ops `look`."""
     return dict(
         call="research.data.dataset.Dataset",
         source=dict(call="research.data.source.tfds", dataset="imagenet2012", split=split),
@@ -83,7 +83,7 @@ def data(split: str, features: tuple[str, ...], *look: dict) -> dict:
 
 
 def crop(least: float) -> tuple[dict, dict]:
-    """Returns the ops that cut out at least this share of an image, and mirror it or not."""
+    """Return the ops that cut out at least this share of an image, and mirror it or not."""
     name = "research.data.image.RandomResizedCrop"
     cut = dict(call=name, size=SIDE, area=[least, 1.0], interpolation=FILTER)
     return cut, dict(call="research.data.image.RandomFlip")
@@ -130,7 +130,7 @@ def pretrain(size: str) -> Callable[[ConfigDict], ConfigDict]:
 
 
 def classify(config: ConfigDict, size: str, epochs: float) -> ConfigDict:
-    """Begins with the pretrained encoder of a size."""
+    """Begin with the pretrained encoder of a size."""
     config.num_epochs = epochs
     validation = data("validation", ("image", "label"), *middle())
     config.evals = dict(validation=dict(call="research.evaluators.classification.Scores", data=validation))

@@ -95,7 +95,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def unit(train: str | None) -> str:
-    """Returns what a document is: a paragraph of a single file, else a file."""
+    """Return what a document is: a paragraph of a single file, else a file."""
     single = train and train.endswith((".txt", ".md")) and "*" not in train
     return "paragraph" if single else "file"
 

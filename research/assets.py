@@ -90,7 +90,7 @@ _RESOLVED: dict[str, str] = {}
 
 
 def resolve(uri: str | os.PathLike) -> pathlib.Path:
-    """Returns the local file or folder that `uri` names, fetched first if it is not cached.
+    """Return the local file or folder that `uri` names, fetched first if it is not cached.
 
     Raises:
       UserError: `uri` is malformed, names nothing, cannot be fetched, or its SHA-256 is another.
@@ -110,12 +110,12 @@ def resolve(uri: str | os.PathLike) -> pathlib.Path:
 
 
 def resolved() -> dict[str, str]:
-    """Returns what every URI resolved in this process was: 'commit:HEX', 'sha256:HEX' or 'local'."""
+    """Return what every URI resolved in this process was: 'commit:HEX', 'sha256:HEX' or 'local'."""
     return dict(_RESOLVED)
 
 
 def cache_dir() -> pathlib.Path:
-    """Returns the folder where packages are cached."""
+    """Return the folder where packages are cached."""
     return pathlib.Path(os.environ.get("RESEARCH_CACHE") or "~/.cache/research/assets").expanduser()
 
 
@@ -127,7 +127,7 @@ def _local(uri: str) -> pathlib.Path:
 
 
 def _nearest_path(path: pathlib.Path) -> str:
-    """Names the entry nearest to the first part of `path` that does not exist."""
+    """Name the entry nearest to the first part of `path` that does not exist."""
     path = path.absolute()
     while not path.parent.exists():
         path = path.parent
@@ -151,7 +151,7 @@ def _hub(uri: str, rest: str) -> tuple[pathlib.Path, str]:
 
 
 def _hub_fetch(uri: str, repo: str, revision: str | None, file: str | None) -> pathlib.Path:
-    """Calls the hub's client; turns what it raises into one line."""
+    """Call the hub's client; turns what it raises into one line."""
     from huggingface_hub import constants, errors  # here, because importing it takes a while
 
     try:
@@ -188,7 +188,7 @@ def _hub_file(repo: str, revision: str | None, file: str) -> pathlib.Path:
 
 
 def _hub_snapshot(repo: str, revision: str | None) -> pathlib.Path:
-    """Returns the folder of a repository's config, tokenizer and weights, safetensors if it has any.
+    """Return the folder of a repository's config, tokenizer and weights, safetensors if it has any.
 
     The cache is asked first, and believed if it holds weights and a vocabulary: other programs may
     have fetched a part of the repository only.
@@ -220,7 +220,7 @@ def _hub_snapshot(repo: str, revision: str | None) -> pathlib.Path:
 
 
 def _has_weights(folder: pathlib.Path, patterns: tuple[str, str]) -> bool:
-    """Says whether `folder` has weights of this layout, and every shard that their index names."""
+    """Say whether `folder` has weights of this layout, and every shard that their index names."""
     shards = {
         shard for index in folder.glob(patterns[1]) for shard in json.loads(index.read_text())["weight_map"].values()
     }
@@ -271,7 +271,7 @@ def _package(uri: str, scheme: str, rest: str) -> tuple[pathlib.Path, str]:
 def _unpacked(
     uri: str, scheme: str, name: str, version: str, folder: pathlib.Path, pinned: str
 ) -> tuple[str, pathlib.Path]:
-    """Returns the SHA-256 of the package's archive, and the folder that it is unpacked in."""
+    """Return the SHA-256 of the package's archive, and the folder that it is unpacked in."""
     if pinned and _tree(pinned).exists():
         return pinned, _tree(pinned)
     for archive in sorted(folder.glob("*"), key=lambda path: (path.suffix != ".whl", path.name)):
@@ -284,7 +284,7 @@ def _unpacked(
 
 
 def _clients(scheme: str, name: str, version: str) -> list[list[str]]:
-    """Returns the commands, each tried where the one before failed, that put one archive into the
+    """Return the commands, each tried where the one before failed, that put one archive into the
     folder that they run in.
     """
     if scheme == "npm":
@@ -299,7 +299,7 @@ def _clients(scheme: str, name: str, version: str) -> list[list[str]]:
 
 
 def _fetch(uri: str, scheme: str, name: str, version: str, folder: pathlib.Path, pinned: str) -> pathlib.Path:
-    """Runs the registry's client; returns the archive, moved into `folder` once it is whole."""
+    """Run the registry's client; return the archive, moved into `folder` once it is whole."""
     failures, other = [], []
     for command in _clients(scheme, name, version):
         with _partial() as partial:
@@ -326,7 +326,7 @@ def _fetch(uri: str, scheme: str, name: str, version: str, folder: pathlib.Path,
 
 
 def _complaint(stderr: str) -> str:
-    """Returns the lines in which pip, npm or apt-get say what went wrong, as one."""
+    """Return the lines in which pip, npm or apt-get say what went wrong, as one."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"ERROR:|E:|npm ERR|npm error", line)]
     return _one_line("; ".join(errors[:2] or lines[-1:]) or "it failed without a word")
@@ -359,7 +359,7 @@ def _tree(digest: str) -> pathlib.Path:
 
 
 def _unpack(uri: str, archive: pathlib.Path, digest: str) -> pathlib.Path:
-    """Unpacks an archive into the folder named by its SHA-256, which appears at once or not at all."""
+    """Unpack an archive into the folder named by its SHA-256, which appears at once or not at all."""
     tree = _tree(digest)
     if tree.exists():
         return tree
@@ -381,7 +381,7 @@ def _unpack(uri: str, archive: pathlib.Path, digest: str) -> pathlib.Path:
 
 
 def _extract(archive: pathlib.Path, folder: pathlib.Path) -> None:
-    """Unpacks a zip, tar or Debian archive; a member that would land outside is an error."""
+    """Unpack a zip, tar or Debian archive; a member that would land outside is an error."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             for name in zipped.namelist():

@@ -23,7 +23,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: jax.Array, mask: jax.Array) -> "Mean":
-        """Sums `values` where `mask`, of the same shape, is not 0; masked values may be anything, NaN too."""
+        """Sum `values` where `mask`, of the same shape, is not 0; masked values may be anything, NaN too."""
         kept = jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0)
         return cls(total=kept.sum(), count=mask.astype(jnp.float32).sum())
 
@@ -31,11 +31,11 @@ class Mean:
         return Mean(self.total + other.total, self.count + other.count)
 
     def compute(self) -> jax.Array:
-        """Returns total / count; NaN where nothing was counted."""
+        """Return total / count; NaN where nothing was counted."""
         return self.total / self.count
 
 
 def merge(means: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
-    """Adds up the means of several batches, name by name."""
+    """Add up the means of several batches, name by name."""
     means = list(means)
     return {name: functools.reduce(operator.add, [m[name] for m in means]) for name in means[0]}

@@ -29,7 +29,7 @@ OPTIONS = {"compare": ("figure", "metrics"), "record": ("into",), "ledger": ("ro
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
     try:
         return _dispatch(_parse(argv))
     except UserError as error:
@@ -78,7 +78,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
 
 def compare(found: Sequence[Run], pattern: str | None, figure: pathlib.Path) -> None:
-    """Prints how runs differ and what they reached, and draws their curves.
+    """Print how runs differ and what they reached, and draw their curves.
 
     Args:
       found: the runs.

@@ -24,26 +24,26 @@ class Task(Protocol):
         ...
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new parameters for batches of the shapes in `spec`."""
+        """Return new parameters for batches of the shapes in `spec`."""
         ...
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the training loss and what else to log.
+        """Return the training loss and what else to log.
 
         The loss is a sum and its count: the step divides once, by the count over all microbatches and devices.
         """
         ...
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns the evaluation metrics of a batch."""
+        """Return the evaluation metrics of a batch."""
         ...
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns the outputs for a batch, each with a leading axis B."""
+        """Return the outputs for a batch, each with a leading axis B."""
         ...
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns one example's outputs as a person reads them, and as JSON knows them."""
+        """Return one example's outputs as a person reads them, and as JSON knows them."""
         ...
 
 
@@ -54,7 +54,7 @@ class DescribesRows(Protocol):
     def describe_rows(
         self, rows: Sequence[Mapping[str, Any]], outputs: Sequence[dict[str, np.ndarray]]
     ) -> dict[str, Any]:
-        """Returns one example's outputs as a person reads them.
+        """Return one example's outputs as a person reads them.
 
         Args:
           rows: what `Dataset.transform` makes of the example.

@@ -26,14 +26,14 @@ SIDES = {"ours": "ours.py", "transformers": "peer.py"}
 
 
 def export(folder: pathlib.Path) -> None:
-    """Writes the weights as a folder that both sides read."""
+    """Write the weights as a folder that both sides read."""
     model = huggingface.load_model(SMOLLM2, "causal_lm")
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 4), np.int32)))["params"]
     huggingface.save(folder, model, huggingface.load_params(SMOLLM2, model, shapes)[0])
 
 
 def run(side: str, arguments: argparse.Namespace, folder: pathlib.Path, round_number: int) -> dict:
-    """Runs one side once, records it, and returns its tokens and its tokens per second."""
+    """Run one side once, record it, and return its tokens and its tokens per second."""
     python = sys.executable if side == "ours" else arguments.peer_python
     sizes = [arguments.batch_size, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats]
     said = benchmark.run([python, HERE / SIDES[side], folder, *sizes], arguments.threads)

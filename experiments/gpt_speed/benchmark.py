@@ -23,7 +23,7 @@ SIDES = {"ours": "ours.py", "pytorch": "peer.py"}
 
 
 def run(arguments: argparse.Namespace, side: str, round_number: int) -> float:
-    """Runs one side once, records it, and returns its tokens or images per second."""
+    """Run one side once, record it, and return its tokens or images per second."""
     work = WORKLOADS[arguments.workload]
     python = sys.executable if side == "ours" else arguments.peer_python
     said = benchmark.run([python, HERE / SIDES[side], arguments.workload, arguments.steps], arguments.threads)

@@ -26,7 +26,7 @@ IMAGES, QUALITY = 64, 90
 
 
 def draw(folder: pathlib.Path) -> None:
-    """Writes JPEG files as large, in pixels and about in bytes, as ImageNet's: gradients, discs and texture."""
+    """Write JPEG files as large, in pixels and about in bytes, as ImageNet's: gradients, discs and texture."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(IMAGES):
         rng = np.random.default_rng(number)
@@ -43,7 +43,7 @@ def draw(folder: pathlib.Path) -> None:
 
 
 def run(arguments: argparse.Namespace, side: str, round_number: int) -> float:
-    """Runs one side once, records it, and returns its images per second."""
+    """Run one side once, record it, and return its images per second."""
     python = sys.executable if side == "ours" else arguments.peer_python
     said = benchmark.run([python, HERE / SIDES[side], arguments.output / "images", arguments.batches], threads=1)
     count = arguments.batches * workload.BATCH_SIZE

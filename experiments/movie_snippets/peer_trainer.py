@@ -53,7 +53,7 @@ SCALARS = {  # the Trainer's names -> this project's
 
 
 def read_snippets(path: pathlib.Path) -> tuple[list[dict], list[dict]]:
-    """Reads (train, test) rows {"text", "label"}; the test rows are every tenth by ascending id."""
+    """Read (train, test) rows {"text", "label"}; the test rows are every tenth by ascending id."""
     rows, seen = [], set()
     lines = path.read_bytes().decode("utf-8").split("\n")
     for line in sorted(filter(None, lines), key=lambda line: int(line.split("\t")[0])):
@@ -68,7 +68,7 @@ def read_snippets(path: pathlib.Path) -> tuple[list[dict], list[dict]]:
 
 
 def tokenise(rows: list[dict], tokenizer) -> list[dict]:
-    """Returns rows of token ids cut to the recipe's length; padding is left to the collator."""
+    """Return rows of token ids cut to the recipe's length; padding is left to the collator."""
     encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=RECIPE["max_length"])
     return [
         {**{key: values[i] for key, values in encoded.items()}, "label": row["label"]} for i, row in enumerate(rows)
@@ -94,7 +94,7 @@ class Recorder(transformers.TrainerCallback):
 
 
 def examples_after_first_step(num_steps: int, num_examples: int) -> int:
-    """Counts the examples in steps 2 to `num_steps`; the last batch of an epoch is smaller."""
+    """Count the examples in steps 2 to `num_steps`; the last batch of an epoch is smaller."""
     batch, last = RECIPE["batch_size"], num_examples % RECIPE["batch_size"]
     per_epoch = math.ceil(num_examples / batch)
     short = num_steps // per_epoch if last else 0
@@ -131,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_trainer(arguments, train: list[dict], test: list[dict], recorder: Recorder):
-    """Builds the model and its Trainer; whatever the recipe leaves open is the Trainer's default."""
+    """Build the model and its Trainer; whatever the recipe leaves open is the Trainer's default."""
     transformers.set_seed(arguments.seed)  # before the model: it draws the head
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(

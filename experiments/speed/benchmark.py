@@ -48,7 +48,7 @@ def command(side: str, arguments: argparse.Namespace, folder: pathlib.Path) -> l
 
 
 def run(side: str, arguments: argparse.Namespace, round_number: int) -> dict:
-    """Runs one side once and returns the numbers to record; `record` holds where they are."""
+    """Run one side once and return the numbers to record; `record` holds where they are."""
     name = f"round-{round_number}"
     folder, record = arguments.output / "work" / side / name, arguments.output / "records" / side / name
     for path in (folder, record):
@@ -83,7 +83,7 @@ def run(side: str, arguments: argparse.Namespace, round_number: int) -> dict:
 
 
 def watch(process: subprocess.Popen, metrics: pathlib.Path) -> dict[int, float]:
-    """Waits for a process; returns {step: when its line of training metrics came, in seconds}."""
+    """Wait for a process; return {step: when its line of training metrics came, in seconds}."""
     arrivals: dict[int, float] = {}
     while process.poll() is None:
         time.sleep(0.05)
@@ -96,7 +96,7 @@ def watch(process: subprocess.Popen, metrics: pathlib.Path) -> dict[int, float]:
 
 
 def measure(arrivals: dict[int, float], result: dict) -> dict:
-    """Adds to a result.json the speed observed from outside, and the one with all compilation counted."""
+    """Add to a result.json the speed observed from outside, and the one with all compilation counted."""
     first, last = min(arrivals), max(arrivals)
     if first == last:
         raise UserError(f"--steps: at least {2 * LOG_EVERY}, for two lines of training metrics")

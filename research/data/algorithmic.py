@@ -16,7 +16,7 @@ SPLITS = ("train", "validation")
 def modular_arithmetic(
     operation: str = "division", modulus: int = 97, train_share: float = 0.5, split: str = "train", seed: int = 0
 ) -> Source:
-    """Returns a split of all equations `a op b = c` modulo a number, for a causal language model.
+    """Return a split of all equations `a op b = c` modulo a number, for a causal language model.
 
     Every token is an id: the numbers are themselves, `op` is `modulus` and `=` is `modulus + 1`, so that the
     vocabulary has `modulus + 2`. Features: `input_ids` int32 [4], `a op b =`; `targets` int32 [4], `op b = c`;

@@ -27,13 +27,13 @@ class ColorJitter:
     """
 
     def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0):
-        """Takes the greatest changes; `hue` is a share of the colour circle, at most 0.5."""
+        """Take the greatest changes; `hue` is a share of the colour circle, at most 0.5."""
         if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
             raise UserError("brightness, contrast, saturation: they are at least 0; hue lies in [0, 0.5]")
         self.factors, self.hue = (brightness, contrast, saturation), hue
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with its image's colours changed."""
+        """Return the example with its image's colours changed."""
         image = picture_of(example["image"])
         factors = [rng.uniform(max(1 - x, 0), 1 + x) for x in self.factors]
         shift = rng.uniform(-self.hue, self.hue)
@@ -47,7 +47,7 @@ class ColorJitter:
 
 
 def turn_hue(image: Image, share: float) -> Image:
-    """Returns an image of mode RGB with every hue moved on by a share of the colour circle."""
+    """Return an image of mode RGB with every hue moved on by a share of the colour circle."""
     hue, saturation, value = image.convert("HSV").split()
     hue = hue.point(lambda h: (h + int(share * 255)) % 256)
     return PIL.Image.merge("HSV", (hue, saturation, value)).convert("RGB")
@@ -58,7 +58,7 @@ def _enhance(kind: Callable[[Image], Any]) -> Callable[[Image, float], Image]:
 
 
 def _affine(image: Image, *coefficients: float) -> Image:
-    """Returns an image whose pixel (x, y) is the one at (a x + b y + c, d x + e y + f)."""
+    """Return an image whose pixel (x, y) is the one at (a x + b y + c, d x + e y + f)."""
     fill = (GREY,) * len(image.getbands())
     return image.transform(image.size, PIL.Image.Transform.AFFINE, coefficients, fillcolor=fill)
 
@@ -91,13 +91,13 @@ class RandAugment:
     """
 
     def __init__(self, layers: int = 2, magnitude: float = 10):
-        """Says how many operations are applied to an image, and how strongly: from 0 to 10, the greatest."""
+        """Say how many operations are applied to an image, and how strongly: from 0 to 10, the greatest."""
         if layers < 1 or not 0 <= magnitude <= 10:
             raise UserError(f"layers, magnitude: {layers} and {magnitude}; they are at least 1, and from 0 to 10")
         self.layers, self.magnitude = layers, magnitude
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with its image changed, in the same size."""
+        """Return the example with its image changed, in the same size."""
         image, operations = picture_of(example["image"]), tuple(AUGMENTATIONS.values())
         for _ in range(self.layers):
             operation, sign = operations[rng.integers(len(operations))], 2 * rng.integers(2) - 1
@@ -117,7 +117,7 @@ class RandomErasing:
         area: Sequence[float] = (0.02, 1 / 3),
         ratio: Sequence[float] = (0.3, 1 / 0.3),
     ):
-        """Says how often, and what windows.
+        """Say how often, and what windows.
 
         Args:
           probability: share of the images.
@@ -129,7 +129,7 @@ class RandomErasing:
         self.probability, self.area, self.ratio = probability, range_of("area", area, 1), range_of("ratio", ratio)
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with its image, or with a copy of it that has a hole."""
+        """Return the example with its image, or with a copy of it that has a hole."""
         if example["image"].dtype != np.uint8:
             raise UserError("config.data.ops: RandomErasing comes before Normalize")
         if rng.random() >= self.probability:

@@ -27,7 +27,7 @@ class RandomFlip:
     """Mirrors half of the images, left to right."""
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example mirrored or not."""
+        """Return the example mirrored or not."""
         if rng.random() >= 0.5:
             return example
         return _with_boxes(example | {"image": example["image"][:, ::-1]}, _mirrored)
@@ -37,7 +37,7 @@ class RandomTurn:
     """Turns images by none, one, two or three quarters, each as often: for photographs from above."""
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example turned, anticlockwise."""
+        """Return the example turned, anticlockwise."""
         quarters = int(rng.integers(4))
         turned = _sized(example) | {"image": np.rot90(example["image"], quarters)}
         for _ in range(quarters):
@@ -49,7 +49,7 @@ class Resize:
     """Gives images a shorter side of a certain length, unless the longer one would become too long."""
 
     def __init__(self, shorter: int, longer: int, interpolation: str = "bilinear"):
-        """Says how large.
+        """Say how large.
 
         Args:
           shorter: what the shorter side becomes, in pixels; less where `longer` demands it.
@@ -63,12 +63,12 @@ class Resize:
         self.shorter, self.longer, self.interpolation = shorter, longer, interpolation
 
     def __call__(self, example: Example) -> Example:
-        """Returns the example resized; the boxes, as shares, stay what they are."""
+        """Return the example resized; the boxes, as shares, stay what they are."""
         size = self.size(*example["image"].shape[:2])
         return _sized(example) | {"image": image.resize(example["image"], size, self.interpolation)}
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the height and width that an image becomes; the longer side is cut off to whole pixels."""
+        """Return the height and width that an image becomes; the longer side is cut off to whole pixels."""
         low, high = min(height, width), max(height, width)
         shorter = min(float(self.shorter), self.longer * low / high)
         sides = max(round(shorter), 1), max(int(shorter * high / low), 1)
@@ -79,13 +79,13 @@ class RandomResize:
     """`Resize` with a shorter side that is drawn: DETR's scale jitter (Carion 2020, section A.4)."""
 
     def __init__(self, shorter: Sequence[int], longer: int, interpolation: str = "bilinear"):
-        """Takes the lengths that are equally likely; see `Resize` for the rest."""
+        """Take the lengths that are equally likely; see `Resize` for the rest."""
         if not shorter:
             raise UserError("shorter: it needs at least one length")
         self.choices = [Resize(length, longer, interpolation) for length in shorter]
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example resized."""
+        """Return the example resized."""
         return self.choices[rng.integers(len(self.choices))](example)
 
 
@@ -96,7 +96,7 @@ class RandomCrop:
     """
 
     def __init__(self, least: int, most: int, least_visible: float = 0.0):
-        """Says what is cut out and what stays.
+        """Say what is cut out and what stays.
 
         Args:
           least: of either side, in pixels; images that are smaller keep that side.
@@ -110,7 +110,7 @@ class RandomCrop:
         self.least, self.most, self.least_visible = least, most, least_visible
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns a part of the example."""
+        """Return a part of the example."""
         sides = np.array(example["image"].shape[:2])
         size = np.array([rng.integers(min(self.least, side), min(self.most, side) + 1) for side in sides])
         start = rng.integers(sides - size + 1)
@@ -123,13 +123,13 @@ class Choose:
     """Applies one of several lists of ops, each of them as often."""
 
     def __init__(self, choices: Sequence[Sequence[Callable[..., Any]]]):
-        """Takes the lists, of which one may be empty."""
+        """Take the lists, of which one may be empty."""
         if not choices:
             raise UserError("choices: it needs at least one list of ops")
         self.choices = [[with_rng(op) for op in ops] for ops in choices]
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns what one list makes of the example."""
+        """Return what one list makes of the example."""
         for call in self.choices[rng.integers(len(self.choices))]:
             example = call(example, rng)
         return example
@@ -142,7 +142,7 @@ class Targets:
     """
 
     def __init__(self, size: int, max_boxes: int, too_many: str = "error"):
-        """Says how much room there is.
+        """Say how much room there is.
 
         Args:
           size: S, the height and width of what images are padded to, with zeros at the bottom and right.
@@ -156,7 +156,7 @@ class Targets:
         self.size, self.max_boxes, self.too_many = size, max_boxes, too_many
 
     def __call__(self, example: Example) -> Example:
-        """Returns the example with its targets.
+        """Return the example with its targets.
 
         `image` float32 [S, S, C]; `pixel_mask` float32 [S, S], 1 at the image's pixels, 0 at padding; `image_size`
         int32 [2], height and width of the image before it was resized or cut.
@@ -206,13 +206,13 @@ class Targets:
 
 
 def centred(boxes: np.ndarray) -> np.ndarray:
-    """Returns (centre x, centre y, width, height) of boxes (top, left, bottom, right), both [n, 4]."""
+    """Return (centre x, centre y, width, height) of boxes (top, left, bottom, right), both [n, 4]."""
     top, left, bottom, right = np.asarray(boxes, np.float32).reshape(-1, 4).T
     return np.stack([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], axis=-1)
 
 
 def corners(boxes: np.ndarray) -> np.ndarray:
-    """Returns (left, top, right, bottom) of boxes (centre x, centre y, width, height), both [..., 4]."""
+    """Return (left, top, right, bottom) of boxes (centre x, centre y, width, height), both [..., 4]."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     return np.concatenate([centre - size / 2, centre + size / 2], axis=-1)
 
@@ -220,7 +220,7 @@ def corners(boxes: np.ndarray) -> np.ndarray:
 def clipped(
     objects: Mapping[str, Any], start: np.ndarray, size: np.ndarray, least_visible: float = 0.0
 ) -> dict[str, np.ndarray]:
-    """Returns the objects of a window, their boxes as shares of it.
+    """Return the objects of a window, their boxes as shares of it.
 
     Args:
       objects: of the whole image.
@@ -236,18 +236,18 @@ def clipped(
 
 
 def without_crowds(objects: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the objects that are single ones."""
+    """Return the objects that are single ones."""
     crowds = np.asarray(objects.get("is_crowd", np.zeros(len(objects["label"]))), bool)
     return chosen(objects, ~crowds)
 
 
 def chosen(objects: Mapping[str, Any], which: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the objects where `which`, bool [n], is true."""
+    """Return the objects where `which`, bool [n], is true."""
     return {name: np.asarray(values)[which] for name, values in objects.items()}
 
 
 def renumbered(source: Source, ids: Sequence[int]) -> "Renumbered":
-    """Gives classes other numbers, as a published model may have them: class i becomes ids[i].
+    """Give classes other numbers, as a published model may have them: class i becomes ids[i].
 
     A number that no class has is called "N/A 12", say, for names must differ where they are exported. COCO's 80
     classes, for instance, are 91 in DETR's published weights.
@@ -277,14 +277,14 @@ class Renumbered:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns one example."""
+        """Return one example."""
         example = self.source[index]
         label = self.ids[np.asarray(example["objects"]["label"], int)]
         return example | {"objects": {**example["objects"], "label": label}}
 
 
 def _areas(corners: np.ndarray) -> np.ndarray:
-    """Returns the areas of boxes [n, 2, 2]; nothing has less than 0."""
+    """Return the areas of boxes [n, 2, 2]; nothing has less than 0."""
     return np.prod(np.maximum(corners[:, 1] - corners[:, 0], 0), axis=-1)
 
 
@@ -294,7 +294,7 @@ def _mirrored(objects: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _turned(objects: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns boxes by a quarter, anticlockwise: what was on the right is at the top."""
+    """Turn boxes by a quarter, anticlockwise: what was on the right is at the top."""
     top, left, bottom, right = np.asarray(objects["bbox"], np.float32).reshape(-1, 4).T
     return {**objects, "bbox": np.stack([1 - right, top, 1 - left, bottom], axis=-1)}
 
@@ -304,7 +304,7 @@ def _with_boxes(example: Example, change: Callable[[Mapping[str, Any]], dict[str
 
 
 def _sized(example: Example) -> Example:
-    """Returns the example with the size that its image had before any op changed it."""
+    """Return the example with the size that its image had before any op changed it."""
     return {"image_size": np.array(example["image"].shape[:2], np.int32)} | example
 
 

@@ -83,7 +83,7 @@ class Dataset:
             self._check_pack()
 
     def _check_pack(self) -> None:
-        """Raises UserError where packing cannot be what is wanted."""
+        """Raise UserError where packing cannot be what is wanted."""
         if not self.pack:
             raise UserError(f"pack_decoder: {self.pack_decoder} needs `pack`, the length of the encoder's side")
         if not self._sides or all(name in packing.MADE for name in self._sides[0]):
@@ -125,7 +125,7 @@ class Dataset:
         return {k: jax.ShapeDtypeStruct((self.batch_size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
 
     def transform(self, example: Example, rng: np.random.Generator | None = None) -> list[Example]:
-        """Applies the ops to one example, and each op to all that the one before made of it."""
+        """Apply the ops to one example, and each op to all that the one before made of it."""
         rng = rng or np.random.default_rng(0)
         examples = [example]
         for call in self._calls:
@@ -134,7 +134,7 @@ class Dataset:
         return examples
 
     def batches(self) -> grain.DatasetIterator:
-        """Returns this process's part of endless shuffled training batches, each epoch in an order of its own.
+        """Return this process's part of endless shuffled training batches, each epoch in an order of its own.
 
         The iterator's `get_state` and `set_state` resume it exactly.
         """
@@ -147,7 +147,7 @@ class Dataset:
         return self._iterate(part, self.batch_size // jax.process_count(), train=True)
 
     def epoch(self) -> Iterator[dict[str, np.ndarray]]:
-        """Returns this process's part of batches that hold every example once.
+        """Return this process's part of batches that hold every example once.
 
         All processes get equally many; what fills them up has mask 0.
         """
@@ -162,7 +162,7 @@ class Dataset:
         return self._iterate(every, self.batch_size, train=False, own=own)
 
     def rows(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-        """Yields batches of the user's own examples, in order and not packed together (one process only).
+        """Yield batches of the user's own examples, in order and not packed together (one process only).
 
         Each comes with the index in `examples` of what each of its rows was made from; the last batch may be smaller.
         """
@@ -176,7 +176,7 @@ class Dataset:
             yield [i for i, _ in part], batch
 
     def _examples(self, indices: grain.MapDataset) -> grain.MapDataset:
-        """Reads and transforms the examples at `indices`; those beyond the source are fillers.
+        """Read and transform the examples at `indices`; those beyond the source are fillers.
 
         What is drawn depends on the place in `indices`: processes take their parts of what this returns, as they would
         all draw the same otherwise.
@@ -186,7 +186,7 @@ class Dataset:
     def _iterate(
         self, examples: grain.MapDataset, size: int, train: bool, own: slice = slice(None)
     ) -> grain.DatasetIterator:
-        """Makes batches of `size` rows, of which this process takes its `own`."""
+        """Make batches of `size` rows, of which this process takes its `own`."""
         _ = self._lengths  # measured once, before there are threads
         windows = examples.batch(self._window_examples(size), batch_fn=list)
         cut = functools.partial(self._cut_packed if self.pack else self._cut_sorted, size=size, train=train, own=own)
@@ -207,14 +207,14 @@ class Dataset:
         return [row | {"mask": np.float32(1)} if real else self._filler(row) for row in rows]
 
     def _filler(self, row: Example) -> Example:
-        """Returns a row as long, with nothing in its sequences."""
+        """Return a row as long, with nothing in its sequences."""
         empty = {name: np.full_like(np.asarray(row[name]), fill) for name, fill in self.padding.items() if name in row}
         return row | empty | {"mask": np.float32(0)}
 
     def _cut_sorted(
         self, index: int, window: list[list[Example]], size: int, train: bool, own: slice
     ) -> list[dict[str, np.ndarray]]:
-        """Sorts a window by length and cuts it into batches; in training their order is shuffled again."""
+        """Sort a window by length and cut it into batches; in training their order is shuffled again."""
         rows = [row for made in window for row in made]
         if self.padding:
             rows.sort(key=self._rank)
@@ -227,7 +227,7 @@ class Dataset:
     def _cut_packed(
         self, index: int, window: list[list[Example]], size: int, train: bool, own: slice
     ) -> list[dict[str, np.ndarray]]:
-        """Packs a window into rows and cuts those into batches; in training the rows are shuffled first."""
+        """Pack a window into rows and cut those into batches; in training the rows are shuffled first."""
         documents = [row for made in window for row in made]
         if not documents:
             return []
@@ -246,16 +246,16 @@ class Dataset:
         return {name: _numbers(value, name) for name, value in packed.items()}
 
     def _extent(self, example: Example) -> tuple[int, ...]:
-        """Returns the length of each side."""
+        """Return the length of each side."""
         return tuple(max((len(example[name]) for name in side if name in example), default=0) for side in self._sides)
 
     def _rank(self, example: Example) -> tuple[int, ...]:
-        """Returns what rows are sorted by: the length; with two sides the bucket of the first, then the other."""
+        """Return what rows are sorted by: the length; with two sides the bucket of the first, then the other."""
         *first, last = self._extent(example)
         return (*(bisect.bisect_left(lengths, length) for lengths, length in zip(self._lengths, first)), last)
 
     def _bucket(self, examples: Sequence[Example]) -> dict[str, int]:
-        """Returns sequence -> the least of its side's lengths that has room for all examples."""
+        """Return sequence -> the least of its side's lengths that has room for all examples."""
         extents = [self._extent(example) for example in examples]
         bucket: dict[str, int] = {}
         for side, lengths, found in zip(self._sides, self._lengths, zip(*extents)):
@@ -267,7 +267,7 @@ class Dataset:
     def _collate(
         self, examples: Sequence[Example], lengths: dict[str, int], partial: bool = False
     ) -> dict[str, np.ndarray]:
-        """Stacks examples; sequences are padded to `lengths`. `partial` leaves out what one of them lacks."""
+        """Stack examples; sequences are padded to `lengths`. `partial` leaves out what one of them lacks."""
         names = [n for n in (*self.features, "mask") if not partial or all(n in example for example in examples)]
         for name in names:
             if name not in examples[0]:
@@ -310,7 +310,7 @@ class Dataset:
         return (self.pack, self.pack_decoder)[: len(self._sides)]
 
     def _longest(self, side: dict[str, float]) -> int | None:
-        """Returns the greatest length of a side's sequences, by what their ops say; None where none does."""
+        """Return the greatest length of a side's sequences, by what their ops say; None where none does."""
         stated: dict[str, int] = {}
         for op in self.ops:
             own = getattr(op, "decoder_max_length", None) if "decoder_input_ids" in side else None
@@ -361,14 +361,14 @@ class Dataset:
 
 
 def with_rng(op: Callable[..., Any]) -> Callable[[Example, np.random.Generator], Any]:
-    """Returns a function that calls an op with a generator if it takes one."""
+    """Return a function that calls an op with a generator if it takes one."""
     if "rng" in inspect.signature(op).parameters:
         return lambda example, rng: op(example, rng=rng)
     return lambda example, rng: op(example)
 
 
 def _parts(count: int, size: int) -> list[np.ndarray]:
-    """Shares out 0..count - 1 in order, in as few parts of at most `size` as there can be, as evenly as can be."""
+    """Share out 0..count - 1 in order, in as few parts of at most `size` as there can be, as evenly as can be."""
     return np.array_split(np.arange(count), math.ceil(count / size)) if count else []
 
 
@@ -381,7 +381,7 @@ def _stack(arrays: Sequence[np.ndarray], name: str) -> np.ndarray:
 
 
 def _numbers(value: Any, name: str) -> np.ndarray:
-    """Returns a feature as float32, int32 or bool."""
+    """Return a feature as float32, int32 or bool."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise UserError(f"config.data.features: '{name}' is {type(value).__name__}, not numbers")
@@ -390,7 +390,7 @@ def _numbers(value: Any, name: str) -> np.ndarray:
 
 
 def best_lengths(measured: Sequence[int], count: int, longest: int) -> tuple[int, ...]:
-    """Returns at most `count` lengths, the last `longest`, that pad a sample of lengths least (dynamic programming)."""
+    """Return at most `count` lengths, the last `longest`, that pad a sample of lengths least (dynamic programming)."""
     frequency = np.bincount(measured, minlength=longest + 1)[: longest + 1]
     examples = np.concatenate([[0], np.cumsum(frequency)])  # examples[l]: shorter than l
     # cost[j]: tokens, padding included, of the examples of length <= j with the buckets so far, the last at j.

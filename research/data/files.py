@@ -38,7 +38,7 @@ def text(
     unit: str = "file",
     field: str = "text",
 ) -> Source:
-    """Returns documents: {"text": str}. Those without a word are left out.
+    """Return documents: {"text": str}. Those without a word are left out.
 
     Args:
       train, validation, test: tables (.csv, .tsv, .jsonl, .ndjson, .parquet), and plain text under any other suffix;
@@ -76,7 +76,7 @@ def pairs(
     columns: Sequence[str] = (),
     quoted: bool | None = None,
 ) -> Source:
-    """Returns pairs of texts, such as translations or summaries: {"source": str, "target": str}.
+    """Return pairs of texts, such as translations or summaries: {"source": str, "target": str}.
 
     Args:
       train, validation, test: tables: .csv, .tsv, .jsonl, .ndjson or .parquet.
@@ -111,7 +111,7 @@ def chat(
     held_out: float = 0.0,
     messages: str = "messages",
 ) -> Source:
-    """Returns conversations: {"messages": [{"role": "user", "content": "Hello"}, ...]}.
+    """Return conversations: {"messages": [{"role": "user", "content": "Hello"}, ...]}.
 
     Args:
       train, validation, test: JSON lines (.jsonl, .ndjson) or .parquet.
@@ -137,7 +137,7 @@ def squad_json(
     split: str = "train",
     held_out: float = 0.0,
 ) -> Source:
-    """Returns questions about passages, from files in the format of SQuAD 1.1 and 2.0.
+    """Return questions about passages, from files in the format of SQuAD 1.1 and 2.0.
 
     The features are those of TFDS's squad: `id`, `title`, `context`, `question` and `answers`, which are `text` and
     `answer_start`, lists that are both empty where the passage has no answer.
@@ -162,7 +162,7 @@ def _source(
     split: str,
     held_out: float,
 ) -> Source:
-    """Reads all files; returns the examples of one split."""
+    """Read all files; return the examples of one split."""
     given = {name: where for name, where in paths.items() if where}
     if "train" not in given:
         raise UserError("train: no file is given")
@@ -187,7 +187,7 @@ def _listed(paths: Paths) -> str:
 
 
 def _files(paths: Paths, suffixes: Sequence[str]) -> list[pathlib.Path]:
-    """Returns the files that are meant, those of a folder or a pattern in the order of their names."""
+    """Return the files that are meant, those of a folder or a pattern in the order of their names."""
     files: list[pathlib.Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
         pattern = pathlib.Path(path).expanduser()
@@ -204,7 +204,7 @@ def _files(paths: Paths, suffixes: Sequence[str]) -> list[pathlib.Path]:
 
 
 def _plain(path: pathlib.Path, problems: list[str], unit: str) -> list[str]:
-    """Returns the documents of a file of plain text, with line feeds alone at the ends of lines."""
+    """Return the documents of a file of plain text, with line feeds alone at the ends of lines."""
     whole = "".join(rows.lines(path, problems)).replace("\r\n", "\n")
     if unit == "line":
         return whole.split("\n")
@@ -219,7 +219,7 @@ def _table(
     columns: Sequence[str] = (),
     quoted: bool | None = None,
 ) -> Iterator[Example]:
-    """Yields what `example` makes of every row; a row of which it raises a ValueError is a bad one."""
+    """Yield what `example` makes of every row; a row of which it raises a ValueError is a bad one."""
     for number, row in rows.read(path, wanted, problems, columns, quoted):
         try:
             yield example(row)
@@ -228,7 +228,7 @@ def _table(
 
 
 def _conversation(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    """Returns the messages of a row; a ValueError says what is wrong with them."""
+    """Return the messages of a row; a ValueError says what is wrong with them."""
     messages = rows.cell(row, column)
     if not isinstance(messages, list):
         raise ValueError(f"'{column}' is not a list of messages but {messages!r}")
@@ -244,7 +244,7 @@ def _conversation(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
 
 
 def _prompt(example: Example) -> str:
-    """Returns what a conversation is up to the assistant's first message."""
+    """Return what a conversation is up to the assistant's first message."""
     messages = example["messages"]
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     return json.dumps([(message["role"], message["content"]) for message in messages[:first]])

@@ -43,12 +43,12 @@ class Vocabulary(NamedTuple):
 
 
 def is_file(path: pathlib.Path) -> bool:
-    """Says whether `path` is a file of this format, by its name."""
+    """Say whether `path` is a file of this format, by its name."""
     return path.suffix == ".gguf" and path.is_file()
 
 
 def tokenizer(path: pathlib.Path) -> Vocabulary:
-    """Returns the tokenizer in a file.
+    """Return the tokenizer in a file.
 
     Raises:
       UserError: it is not of byte pairs, or cuts texts in a way that is not implemented.
@@ -98,5 +98,5 @@ def _opened(path: pathlib.Path, changed: int) -> gguf.GGUFReader:
 
 
 def read(path: pathlib.Path) -> gguf.GGUFReader:
-    """Return the reader of a file, kept open; raises UserError where it is damaged."""
+    """Return the reader of a file, kept open; raise UserError where it is damaged."""
     return _opened(path, path.stat().st_mtime_ns)

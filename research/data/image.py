@@ -50,7 +50,7 @@ class Decode:
     """Makes an array of an image: of a file's bytes, a path, or an array."""
 
     def __init__(self, channels: int = 3, field: str = "image", min_side: int = 0):
-        """Says what is made of which field.
+        """Say what is made of which field.
 
         Args:
           channels: 1 for grey, 3 for red, green and blue.
@@ -64,7 +64,7 @@ class Decode:
         self.channels, self.field, self.min_side = channels, field, min_side
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Returns the example with `image`, uint8 [height, width, channels].
+        """Return the example with `image`, uint8 [height, width, channels].
 
         Raises:
           UserError: there is no such file, or it is no image, or not a whole one; it is named.
@@ -72,14 +72,14 @@ class Decode:
         return example | {"image": decode(self.value(example), self.channels, name_of(example), self.min_side)}
 
     def value(self, example: Mapping[str, Any]) -> Any:
-        """Returns the image as the example has it."""
+        """Return the image as the example has it."""
         if self.field not in example:
             raise UserError(f"an example has no image '{self.field}'{nearest(self.field, example)}")
         return example[self.field]
 
 
 def decode(value: bytes | str | np.ndarray, channels: int, name: str = "", min_side: int = 0) -> np.ndarray:
-    """Returns an image upright (as EXIF's orientation says), uint8 [height, width, channels].
+    """Return an image upright (as EXIF's orientation says), uint8 [height, width, channels].
 
     Transparent parts are shown on white, as a browser shows them; 16 bits a channel become 8.
 
@@ -101,7 +101,7 @@ def decode(value: bytes | str | np.ndarray, channels: int, name: str = "", min_s
 
 
 def name_of(example: Mapping[str, Any]) -> str:
-    """Returns what an example is known by."""
+    """Return what an example is known by."""
     for key in ("image/filename", "file_name", "image_id", "id"):
         if key in example:
             value = example[key]
@@ -110,7 +110,7 @@ def name_of(example: Mapping[str, Any]) -> str:
 
 
 def files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """Returns the images in a folder, at any depth, and the other files, both in the order of their names.
+    """Return the images in a folder, at any depth, and the other files, both in the order of their names.
 
     An image is what ends in one of `SUFFIXES`; what systems put everywhere (.DS_Store, Thumbs.db, ...) is neither. A
     link to a folder is followed, unless it stands in that folder.
@@ -126,13 +126,13 @@ def files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether a file or a folder of this name is one that systems put everywhere."""
+    """Return whether a file or a folder of this name is one that systems put everywhere."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 @contextlib.contextmanager
 def _reading(value: bytes | str, name: str) -> Iterator[Image]:
-    """Opens a file, whose pixels are not read yet; whatever goes wrong with it becomes a UserError that names it."""
+    """Open a file, whose pixels are not read yet; whatever goes wrong with it becomes a UserError that names it."""
     if isinstance(value, str):
         path, name = pathlib.Path(value).expanduser(), value
         if not path.is_file():
@@ -155,7 +155,7 @@ def _called(name: str) -> str:
 
 
 def _orientation(image: Image) -> int:
-    """Returns EXIF's orientation of an image that is not loaded yet; 1, upright, where it has none that means one."""
+    """Return EXIF's orientation of an image that is not loaded yet; 1, upright, where it has none that means one."""
     if image.format == "TIFF":
         return 1  # PIL turns these itself
     try:
@@ -166,7 +166,7 @@ def _orientation(image: Image) -> int:
 
 
 def _converted(image: Image, channels: int) -> Image:
-    """Loads an image; returns it upright, in the mode of `channels`."""
+    """Load an image; return it upright, in the mode of `channels`."""
     turn = TURNS.get(_orientation(image))
     image.load()
     if turn is not None:
@@ -217,7 +217,7 @@ class RandomResizedCrop:
         ratio: Sequence[float] = (3 / 4, 4 / 3),
         interpolation: str = "bilinear",
     ):
-        """Says what windows become what.
+        """Say what windows become what.
 
         Args:
           size: of the result in pixels: the side of a square, or height and width.
@@ -229,13 +229,13 @@ class RandomResizedCrop:
         self.area, self.ratio = range_of("area", area, 1), range_of("ratio", ratio)
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with its image as uint8 [*size, channels]."""
+        """Return the example with its image as uint8 [*size, channels]."""
         height, width = example["image"].shape[:2]
         window = self.window(height, width, rng)
         return example | {"image": resize(example["image"], self.size, self.interpolation, window)}
 
     def window(self, height: int, width: int, rng: np.random.Generator) -> Window:
-        """Draws a window of an image of `height` and `width` pixels."""
+        """Draw a window of an image of `height` and `width` pixels."""
         if window := draw_window(height, width, self.area, self.ratio, rng):
             return window
         w = max(min(width, round(height * self.ratio[1])), 1)
@@ -247,7 +247,7 @@ class RandomResizedCrop:
 def draw_window(
     height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Window | None:
-    """Draws a window of an image; None where ten were too wide or too high."""
+    """Draw a window of an image; None where ten were too wide or too high."""
     for _ in range(10):
         pixels = height * width * rng.uniform(*area)
         shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -275,11 +275,11 @@ class DecodeRandomResizedCrop:
         channels: int = 3,
         field: str = "image",
     ):
-        """Takes the arguments of both."""
+        """Take the arguments of both."""
         self.decode, self.crop = Decode(channels, field), RandomResizedCrop(size, area, ratio, interpolation)
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with `image`, uint8 [*size, channels]."""
+        """Return the example with `image`, uint8 [*size, channels]."""
         value = self.decode.value(example)
         if isinstance(value, np.ndarray):
             return self.crop(self.decode(example), rng)
@@ -301,7 +301,7 @@ class Resize:
     """Makes images as large as is wanted."""
 
     def __init__(self, size: Size, interpolation: str = "bilinear"):
-        """Says how large.
+        """Say how large.
 
         Args:
           size: one number makes the shorter side as long and keeps the shape; two are the height and the width.
@@ -311,7 +311,7 @@ class Resize:
         self.keep_shape = isinstance(size, int)
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Returns the example with its image resized."""
+        """Return the example with its image resized."""
         height, width = example["image"].shape[:2]
         size = self.size
         if self.keep_shape:  # the longer side is cut off to whole pixels, as in torchvision and Transformers
@@ -325,7 +325,7 @@ def resize(
     interpolation: str = "bilinear",
     window: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
-    """Returns an image uint8 [H, W, C] in another size.
+    """Return an image uint8 [H, W, C] in another size.
 
     Args:
       image: the image.
@@ -342,11 +342,11 @@ class CenterCrop:
     """Cuts out the middle."""
 
     def __init__(self, size: Size):
-        """Takes the side of a square, or height and width, in pixels."""
+        """Take the side of a square, or height and width, in pixels."""
         self.size = _pair(size)
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Returns the example with the middle of its image; raises UserError where the image is smaller."""
+        """Return the example with the middle of its image; raise UserError where the image is smaller."""
         top, left = (round(room / 2) for room in _room(example, self.size))
         return example | {"image": _cut(example["image"], top, left, self.size)}
 
@@ -355,7 +355,7 @@ class RandomCrop:
     """Cuts out a random place, as is usual for small images (He 2015, section 4.2)."""
 
     def __init__(self, size: Size, padding: int = 0, fill: int = 0):
-        """Says how much is cut out of what.
+        """Say how much is cut out of what.
 
         Args:
           size: the side of a square, or height and width, in pixels.
@@ -366,7 +366,7 @@ class RandomCrop:
         self.around = ((padding, padding), (padding, padding), (0, 0))
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with a part of its image; raises UserError where the padded image is smaller."""
+        """Return the example with a part of its image; raise UserError where the padded image is smaller."""
         padded = example | {"image": np.pad(example["image"], self.around, constant_values=self.fill)}
         top, left = (int(rng.integers(room + 1)) for room in _room(padded, self.size))
         return example | {"image": _cut(padded["image"], top, left, self.size)}
@@ -376,7 +376,7 @@ class RandomFlip:
     """Mirrors half of the images, left to right."""
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example with its image mirrored or not."""
+        """Return the example with its image mirrored or not."""
         if rng.random() >= 0.5:
             return example
         image = example["image"]
@@ -387,7 +387,7 @@ class RandomFlip:
 
 
 def _room(example: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
-    """Returns how many pixels an image is higher and wider than `size`."""
+    """Return how many pixels an image is higher and wider than `size`."""
     height, width = example["image"].shape[:2]
     if height < size[0] or width < size[1]:
         name = _called(name_of(example))
@@ -426,13 +426,13 @@ class Normalize:
     """Makes images float32: scaled to [0, 1], less the mean of each channel, over its standard deviation."""
 
     def __init__(self, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)):
-        """Takes a number for each channel, or one for all."""
+        """Take a number for each channel, or one for all."""
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         if not (self.std > 0).all():
             raise UserError(f"std: {tuple(std)} must be positive")
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Returns the example with its image as float32."""
+        """Return the example with its image as float32."""
         image = example["image"]
         height, width, channels = image.shape
         if image.dtype != np.uint8 or any(len(x) not in (1, channels) for x in (self.mean, self.std)):

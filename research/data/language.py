@@ -19,13 +19,13 @@ class Texts:
     """Each of several texts of an example as an example of its own: the sides of pairs, to pretrain on them singly."""
 
     def __init__(self, fields: tuple[str, ...], into: str = "text"):
-        """Reads the texts in `fields`, and writes each to the field `into`."""
+        """Read the texts in `fields` and write each to the field `into`."""
         if not fields:
             raise UserError("fields: there are none")
         self.fields, self.into = fields, into
 
     def __call__(self, example: Example) -> list[Example]:
-        """Returns as many examples as there are fields."""
+        """Return as many examples as there are fields."""
         return [{self.into: text_of(example, field)} for field in self.fields]
 
 
@@ -50,7 +50,7 @@ class CausalTokens:
         eos: bool = True,
         target_bytes: bool = False,
     ):
-        """Reads the text in `field`.
+        """Read the text in `field`.
 
         Args:
           tokenizer: bos_id begins a document, or eos_id where there is none, as in GPT-2; eos_id ends it.
@@ -76,7 +76,7 @@ class CausalTokens:
         self._backend = tokenizer.backend
 
     def __call__(self, example: Example) -> list[Example]:
-        """Returns the pieces of one document."""
+        """Return the pieces of one document."""
         text = text_of(example, self.field)
         encoding = self._backend.encode(text, add_special_tokens=False)
         if not encoding.ids:
@@ -110,7 +110,7 @@ class Pieces:
     """
 
     def __init__(self, tokenizer: Tokenizer, field: str = "text", max_length: int = 128):
-        """Reads the text in `field`."""
+        """Read the text in `field`."""
         self.field, self.max_length = field, max_length
         self.padding = {"input_ids": tokenizer.pad_id, "attention_mask": 0, "token_type_ids": 0, "words": -1}
         self._backend = tokenizer.backend
@@ -122,7 +122,7 @@ class Pieces:
             raise UserError(f"max_length: {max_length} has no room for text beside the tokenizer's special tokens")
 
     def __call__(self, example: Example) -> list[Example]:
-        """Returns the pieces of one document."""
+        """Return the pieces of one document."""
         encoding = self._backend.encode(text_of(example, self.field), add_special_tokens=False)
         words = [-1 if word is None else word for word in encoding.word_ids]
         pieces = []
@@ -149,7 +149,7 @@ class MaskTokens:
     """
 
     def __init__(self, tokenizer: Tokenizer, share: float = 0.15, whole_word: bool = False):
-        """Takes examples that have `input_ids`.
+        """Take examples that have `input_ids`.
 
         Args:
           tokenizer: has a mask token.
@@ -166,7 +166,7 @@ class MaskTokens:
         self._ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), self._special)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example with some of its tokens hidden."""
+        """Return the example with some of its tokens hidden."""
         targets = np.asarray(example["input_ids"], np.int32)
         input_ids = targets.copy()
         chosen = np.flatnonzero(targets == self._mask)
@@ -221,7 +221,7 @@ class SpanCorruption:
         mean_span_length: float = 3.0,
         decoder_start_id: int | None = None,
     ):
-        """Reads the text in `field`.
+        """Read the text in `field`.
 
         Args:
           tokenizer: has eos and enough <extra_id_i>.
@@ -249,7 +249,7 @@ class SpanCorruption:
         self._backend = tokenizer.backend
 
     def __call__(self, example: Example, rng: np.random.Generator) -> list[Example]:
-        """Returns the pieces of one document, corrupted."""
+        """Return the pieces of one document, corrupted."""
         ids = np.array(self._backend.encode(text_of(example, self.field), add_special_tokens=False).ids, np.int32)
         pieces = [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
         return [example | self._corrupt(piece, rng) for piece in pieces if len(piece) > 1]
@@ -285,7 +285,7 @@ class PrefixLM:
     def __init__(
         self, tokenizer: Tokenizer, field: str = "text", max_length: int = 512, decoder_start_id: int | None = None
     ):
-        """Reads the text in `field`; `decoder_start_id` is as in SpanCorruption."""
+        """Read the text in `field`; `decoder_start_id` is as in SpanCorruption."""
         if max_length < 2:
             raise UserError(f"max_length: {max_length} is less than 2")
         self.field, self.max_length, self.decoder_max_length = field, max_length, max_length
@@ -295,7 +295,7 @@ class PrefixLM:
         self._backend = tokenizer.backend
 
     def __call__(self, example: Example, rng: np.random.Generator) -> list[Example]:
-        """Returns the pieces of one document, each split in two."""
+        """Return the pieces of one document, each split in two."""
         ids = self._backend.encode(text_of(example, self.field), add_special_tokens=False).ids
         made = []
         for start in range(0, len(ids) - 1, self.max_length):
@@ -329,7 +329,7 @@ class Seq2Seq:
         target_tokenizer: Tokenizer | None = None,
         decoder_start_id: int | None = None,
     ):
-        """Reads the texts in the fields `source` and `target`.
+        """Read the texts in the fields `source` and `target`.
 
         Args:
           tokenizer: of the source.
@@ -353,7 +353,7 @@ class Seq2Seq:
         self.padding = self._sides.padding
 
     def __call__(self, example: Example) -> Example:
-        """Returns the example with its features."""
+        """Return the example with its features."""
         made = self._sides.encoder(self._encode(0, self.prefix + text_of(example, self.source), self.max_length))
         if self.target in example:
             targets = self._encode(1, text_of(example, self.target), self.decoder_max_length)
@@ -386,7 +386,7 @@ class _Sides:
 
 
 def corrupted_lengths(max_length: int, noise_density: float = 0.15, mean_span_length: float = 3.0) -> tuple[int, int]:
-    """Returns how many tokens of text become an input of at most `max_length`, and the length of the target then.
+    """Return how many tokens of text become an input of at most `max_length`, and the length of the target then.
 
     Raises:
       UserError: not even two tokens fit.
@@ -405,7 +405,7 @@ def corrupted_lengths(max_length: int, noise_density: float = 0.15, mean_span_le
 
 
 def token_bytes(text: str, offsets: np.ndarray) -> np.ndarray:
-    """Returns how many bytes of UTF-8 each token stands for, int32 [T]; together as many as the text has.
+    """Return how many bytes of UTF-8 each token stands for, int32 [T]; together as many as the text has.
 
     Args:
       text: that was encoded.
@@ -424,13 +424,13 @@ def token_bytes(text: str, offsets: np.ndarray) -> np.ndarray:
 
 
 def _noise_counts(length: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
-    """Returns how many of `length` > 1 tokens are taken out, and in how many spans."""
+    """Return how many of `length` > 1 tokens are taken out, and in how many spans."""
     noise = min(max(round(length * noise_density), 1), max(length - 1, 1))
     return noise, min(max(round(noise / mean_span_length), 1), noise, max(length - noise, 1))
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns `parts` lengths, each at least 1, with the sum `total`; all ways are as likely."""
+    """Return `parts` lengths, each at least 1, with the sum `total`; all ways are as likely."""
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=total)
 

@@ -22,7 +22,7 @@ class Latents:
         return len(_read(self.folder, "labels"))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns `image`, float32 [H, W, C], and `label`."""
+        """Return `image`, float32 [H, W, C], and `label`."""
         if not 0 <= index < len(self):
             raise IndexError(f"no example {index} of {len(self)}")
         image = _read(self.folder, "latents")[index].astype(np.float32)
@@ -30,7 +30,7 @@ class Latents:
 
 
 def latents(path: str, split: str = "train") -> Latents:
-    """Returns the latents in the folder PATH/SPLIT.
+    """Return the latents in the folder PATH/SPLIT.
 
     It holds `latents.npy`, float16 or float32 [N, H, W, C], as the model is to see them: those of Stable Diffusion's
     autoencoder, say, sampled and multiplied by 0.18215; and `labels.npy`, integers [N]. Images that were also encoded

@@ -22,7 +22,7 @@ def pack(
     room: Sequence[int],
     apart: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Lays documents into rows, in order of arrival.
+    """Lay documents into rows, in order of arrival.
 
     Args:
       examples: with the sequences [T, ...] that `sides` names, of one length on each side.
@@ -52,7 +52,7 @@ def pack(
 
 
 def cut(lengths: np.ndarray, room: Sequence[int]) -> np.ndarray:
-    """Returns the lengths [S, M] of the pieces of documents of `lengths` [S, N]; empty documents have none.
+    """Return the lengths [S, M] of the pieces of documents of `lengths` [S, N]; empty documents have none.
 
     Documents with one side are cut into pieces of `room` tokens and a last one that may be shorter.
     """
@@ -67,7 +67,7 @@ def cut(lengths: np.ndarray, room: Sequence[int]) -> np.ndarray:
 
 
 def first_fit(lengths: np.ndarray, room: Sequence[int]) -> np.ndarray:
-    """Returns the row [N] of each piece: the first one, of the last OPEN_ROWS in use, with room on every side."""
+    """Return the row [N] of each piece: the first one, of the last OPEN_ROWS in use, with room on every side."""
     count = lengths.shape[1]
     free = np.repeat(np.asarray(room, np.int32)[:, None], count + 1, axis=1)
     rows = np.zeros(count, np.int64)
@@ -86,7 +86,7 @@ def first_fit(lengths: np.ndarray, room: Sequence[int]) -> np.ndarray:
 
 
 def _measure(examples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> np.ndarray:
-    """Returns the lengths [N] of one side."""
+    """Return the lengths [N] of one side."""
     for name in names:
         if (lacking := next((e for e in examples if name not in e), None)) is not None:
             raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, lacking)}")
@@ -110,7 +110,7 @@ def _lay(
     rows: np.ndarray,
     shape: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Lays one side's pieces of `lengths` [N] into `rows` [N], one after the other."""
+    """Lay one side's pieces of `lengths` [N] into `rows` [N], one after the other."""
     starts, numbers = _places(lengths, rows)
     tokens = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # counted within their piece
     places = np.repeat(rows * shape[1] + starts, lengths) + tokens
@@ -129,7 +129,7 @@ def _lay(
 
 
 def _places(lengths: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where each piece begins in its row, and its number there from 1, in order of arrival."""
+    """Return where each piece begins in its row, and its number there from 1, in order of arrival."""
     order = np.argsort(rows, kind="stable")
     ends = np.cumsum(lengths[order])
     first = np.searchsorted(rows[order], rows[order])  # of the pieces in the same row

@@ -34,7 +34,7 @@ class Windows:
         stride: int = 128,
         max_question_length: int = 64,
     ):
-        """Names the fields; `answers` holds the lists `text` and `answer_start`, in characters, as SQuAD's does.
+        """Name the fields; `answers` holds the lists `text` and `answer_start`, in characters, as SQuAD's does.
 
         Args:
           tokenizer: its first token of a pair must be a special one.
@@ -65,7 +65,7 @@ class Windows:
         self.padding = {"input_ids": tokenizer.pad_id, "attention_mask": 0, "token_type_ids": 0, "context_mask": 0}
 
     def __call__(self, example: dict[str, Any]) -> list[dict[str, Any]]:
-        """Returns the windows, in the order of the passage; at least one.
+        """Return the windows, in the order of the passage; at least one.
 
         Raises:
           UserError: the question or the passage is missing, or the answer does not stand where the example says.
@@ -96,7 +96,7 @@ class Windows:
         return windows
 
     def _parts(self, sequence: np.ndarray) -> list[np.ndarray]:
-        """Returns the tokens that each window keeps, ascending; `sequence` is 0 at the question, 1 at the passage."""
+        """Return the tokens that each window keeps, ascending; `sequence` is 0 at the question, 1 at the passage."""
         frame = np.setdiff1d(np.flatnonzero(sequence != 1), np.flatnonzero(sequence == 0)[self.max_question_length :])
         passage = np.flatnonzero(sequence == 1)
         room = self.max_length - len(frame)
@@ -104,7 +104,7 @@ class Windows:
         return [np.sort(np.r_[frame, passage[i : i + room]]) for i in range(0, last, room - self.stride)]
 
     def _answer(self, example: Mapping[str, Any], offsets: np.ndarray) -> tuple[int, int] | None:
-        """Returns the first and the last token of the answer; (0, 0) where there is none, None if nothing is known."""
+        """Return the first and the last token of the answer; (0, 0) where there is none, None if nothing is known."""
         if self.answers not in example:
             return None
         answers = example[self.answers]

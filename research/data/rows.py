@@ -27,7 +27,7 @@ def read(
     columns: Sequence[str] = (),
     quoted: bool | None = None,
 ) -> Iterator[Row]:
-    """Yields the good rows of a file; what is wrong with the others goes to `problems`.
+    """Yield the good rows of a file; what is wrong with the others goes to `problems`.
 
     Args:
       path: the file; its suffix is one of `SUFFIXES`.
@@ -48,13 +48,13 @@ def read(
 
 
 def check_suffix(path: pathlib.Path) -> None:
-    """Raises a UserError if the file does not end as a table does."""
+    """Raise a UserError if the file does not end as a table does."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"'{path}' does not end as a table does{nearest(path.suffix, SUFFIXES)}")
 
 
 def lines(path: pathlib.Path, problems: list[str]) -> Iterator[str]:
-    """Yields a file's lines with their ends; those that are not UTF-8 go to `problems`, and come mended."""
+    """Yield a file's lines with their ends; those that are not UTF-8 go to `problems`, and come mended."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -65,14 +65,14 @@ def lines(path: pathlib.Path, problems: list[str]) -> Iterator[str]:
 
 
 def cell(row: dict[str, Any], column: str) -> Any:
-    """Returns what is in a column; a ValueError if nothing is."""
+    """Return what is in a column; a ValueError if nothing is."""
     if row.get(column) is None:
         raise ValueError(f"no '{column}'")
     return row[column]
 
 
 def text(row: dict[str, Any], column: str) -> str:
-    """Returns the text in a column; a ValueError if it is something else."""
+    """Return the text in a column; a ValueError if it is something else."""
     value = cell(row, column)
     if not isinstance(value, str):
         raise ValueError(f"'{column}' is not text but {value!r}")
@@ -80,7 +80,7 @@ def text(row: dict[str, Any], column: str) -> str:
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """Raises a UserError that names the bad rows, if there are any, in one line."""
+    """Raise a UserError that names the bad rows, if there are any, in one line."""
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         plural = "s" if len(problems) > 1 else ""
@@ -88,7 +88,7 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def check_held_out(share: float, splits: Collection[str]) -> None:
-    """Raises a UserError if `share` of the training rows cannot become the split "validation"."""
+    """Raise a UserError if `share` of the training rows cannot become the split "validation"."""
     if not 0 <= share < 1:
         raise UserError(f"held_out: {share} is no share of the training rows")
     if share and "validation" in splits:
@@ -96,7 +96,7 @@ def check_held_out(share: float, splits: Collection[str]) -> None:
 
 
 def hold_out(rows: Sequence[T], keys: Sequence[str], share: float) -> tuple[list[T], list[T]]:
-    """Splits rows in two, the second of about `share` of them.
+    """Split rows in two, the second of about `share` of them.
 
     Chosen by a hash of the rows' `keys`, so that rows of one key stay together and the choice survives a new order.
     """

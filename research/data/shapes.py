@@ -10,7 +10,7 @@ BRIGHTNESS = ((100, 140), (160, 200), (216, 256))  # of each class, so that a fe
 
 
 def shapes(count: int = 48, size: int = 28, channels: int = 3, objects: int = 1, seed: int = 0) -> Source:
-    """Returns `count` examples, each a function of (seed, position).
+    """Return `count` examples, each a function of (seed, position).
 
     Features, as in TFDS's coco: `image` uint8 [size, size, channels], `image_id`, `objects` with `bbox` float32
     [objects, 4] (top, left, bottom, right as shares of the side) and `label` int [objects]; and `label`, the class of
@@ -25,7 +25,7 @@ def shapes(count: int = 48, size: int = 28, channels: int = 3, objects: int = 1,
 
 
 def _draw(number: int, size: int, channels: int, objects: int, seed: int) -> dict:
-    """Draws objects in strips side by side, so that none hides another."""
+    """Draw objects in strips side by side, so that none hides another."""
     rng = np.random.default_rng((seed, number))
     image = rng.integers(0, 40, (size, size, channels)).astype(np.uint8)
     strip, boxes, labels = size // objects, [], []
@@ -41,7 +41,7 @@ def _draw(number: int, size: int, channels: int, objects: int, seed: int) -> dic
 
 
 def _mask(label: int, side: int) -> np.ndarray:
-    """Returns where a shape is, bool [side, side]; it touches all four edges."""
+    """Return where a shape is, bool [side, side]; it touches all four edges."""
     row, column = np.mgrid[:side, :side] - (side - 1) / 2
     return (
         row**2 + column**2 <= (side / 2) ** 2,

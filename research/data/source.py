@@ -51,7 +51,7 @@ class Source:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns one example: text as str, images as their files' bytes, all else as numbers and numpy arrays."""
+        """Return one example: text as str, images as their files' bytes, all else as numbers and numpy arrays."""
         if not 0 <= index < len(self):
             raise IndexError(f"no example {index} of {len(self)}")
         example = _decode(dict(self.records[index]), self.texts)
@@ -63,13 +63,13 @@ class Source:
 
 
 def examples(records: Sequence[Mapping[str, Any]], label_names: Mapping[str, Sequence[str]] | None = None) -> Source:
-    """Returns a source of records that are at hand; `label_names` is feature -> the names of its classes."""
+    """Return a source of records that are at hand; `label_names` is feature -> the names of its classes."""
     names = {name: tuple(classes) for name, classes in (label_names or {}).items()}
     return Source([dict(record) for record in records], names)
 
 
 def tfds(dataset: str, split: str = "train", data_dir: str | None = None) -> Source:
-    """Returns a split of a named dataset, which is prepared first if it is not there.
+    """Return a split of a named dataset, which is prepared first if it is not there.
 
     Args:
       dataset: one of the modules of `research.data.datasets`, or any dataset of TFDS; "name/config" picks one of
@@ -100,7 +100,7 @@ def table(
     held_out: float = 0.0,
     data_dir: str | None = None,
 ) -> Source:
-    """Returns a split of the user's own CSV, TSV, JSON-lines or Parquet files.
+    """Return a split of the user's own CSV, TSV, JSON-lines or Parquet files.
 
     The arguments are those of `datasets.table.TableConfig`; `train`, `validation` and `test` are files, anything that
     `assets.resolve` takes. All files are read, so that all are checked, whichever `split` is asked for. The
@@ -138,7 +138,7 @@ def image_folder(
     broken: str = "error",
     data_dir: str | None = None,
 ) -> Source:
-    """Returns a split of the user's own images, a folder a class.
+    """Return a split of the user's own images, a folder a class.
 
     The files are copied as they are into the prepared dataset, and each is decoded once to see that it is whole. The
     features are `image` (the file's bytes), `label`, and `file_name`, the path below the folder.
@@ -182,7 +182,7 @@ def coco_folder(
     broken: str = "error",
     data_dir: str | None = None,
 ) -> Source:
-    """Returns a split of the user's own images with boxes, annotated in COCO's format.
+    """Return a split of the user's own images with boxes, annotated in COCO's format.
 
     The files are copied as they are into the prepared dataset, and each is decoded once to see that it is whole. The
     features are those of TFDS's coco: `image` (the file's bytes), `image/filename`, `image/id`, and `objects`: `bbox`
@@ -238,7 +238,7 @@ def _data_dir(data_dir: str | None) -> str:
 
 
 def _source(make: Callable[[], DatasetBuilder], name: str, split: str) -> Source:
-    """Opens a split of the dataset of the builder that `make` makes."""
+    """Open a split of the dataset of the builder that `make` makes."""
     builder = make()
     if not builder.data_path.exists():
         _prepare(builder, name)
@@ -265,7 +265,7 @@ def _source(make: Callable[[], DatasetBuilder], name: str, split: str) -> Source
 
 
 def _prepare(builder: DatasetBuilder, name: str) -> None:
-    """Prepares a dataset.
+    """Prepare a dataset.
 
     TFDS writes into a folder of its own and renames it, so of several processes that start at once one wins, and
     the others find a dataset that is whole.
@@ -289,7 +289,7 @@ def _prepare(builder: DatasetBuilder, name: str) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Spares the terminal TFDS's progress bars, and its warning at every config that is not in its code."""
+    """Spare the terminal TFDS's progress bars, and its warning at every config that is not in its code."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     tensorflow_datasets.disable_progress_bar()
@@ -347,7 +347,7 @@ def _stock_builder(name: str, data_dir: str) -> DatasetBuilder:
 
 
 def _import_stock(name: str) -> str:
-    """Imports the module of a dataset of TFDS; returns why not, if it cannot.
+    """Import the module of a dataset of TFDS; return why not, if it cannot.
 
     TFDS imports its modules by the package, which stops at the first one that needs TensorFlow; most need it not.
     """
@@ -361,7 +361,7 @@ def _import_stock(name: str) -> str:
 
 
 def _cause(error: ImportError) -> str:
-    """Returns which module there is not; TFDS surrounds that with advice."""
+    """Return which module there is not; TFDS surrounds that with advice."""
     found = re.search(r"No module named '[\w.]+'", str(error))
     return found[0] if found else " ".join(str(error).split())[:200]
 
@@ -380,7 +380,7 @@ def _stock_modules() -> dict[str, str]:
 
 
 def _label_names(tree: features.FeaturesDict) -> dict[str, tuple[str, ...]]:
-    """Returns the names of the classes; those of objects in a sequence count where the example itself has none."""
+    """Return the names of the classes; those of objects in a sequence count where the example itself has none."""
     names: dict[str, tuple[str, ...]] = {}
     for name, feature in tree.items():
         inner = feature.feature if isinstance(feature, features.Sequence) else feature
@@ -392,13 +392,13 @@ def _label_names(tree: features.FeaturesDict) -> dict[str, tuple[str, ...]]:
 
 
 def _encoded_images(tree: features.FeaturesDict) -> dict[str, decode.Decoder] | None:
-    """Says that images are given out as they are stored; `image.Decode` knows how much of them is wanted."""
+    """Say that images are given out as they are stored; `image.Decode` knows how much of them is wanted."""
     images = [name for name, feature in tree.items() if isinstance(feature, features.Image)]
     return {name: decode.SkipDecoding() for name in images} or None
 
 
 def _text_tree(feature: features.FeatureConnector) -> Any:
-    """Says where text is below a feature: True, a dict of the features that hold some, or None."""
+    """Say where text is below a feature: True, a dict of the features that hold some, or None."""
     if isinstance(feature, features.Text):
         return True
     if isinstance(feature, features.Sequence):
@@ -410,7 +410,7 @@ def _text_tree(feature: features.FeatureConnector) -> Any:
 
 
 def _decode(value: Any, tree: Any) -> Any:
-    """Turns the bytes at the marked places into str; sequences of text into lists."""
+    """Turn the bytes at the marked places into str; sequences of text into lists."""
     if not tree:
         return value
     if isinstance(value, dict):

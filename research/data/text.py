@@ -10,7 +10,7 @@ from research.errors import UserError, nearest
 
 
 def text_of(example: Mapping[str, Any], field: str) -> str:
-    """Returns the text in a field of an example."""
+    """Return the text in a field of an example."""
     if not isinstance(example.get(field), str):
         raise UserError(f"an example has no text '{field}'{nearest(field, example)}")
     return example[field]
@@ -25,7 +25,7 @@ class Tokenize:
     """
 
     def __init__(self, tokenizer: Tokenizer, fields: tuple[str, ...] = ("text",), max_length: int = 128):
-        """Encodes the one text or the pair of texts that `fields` names."""
+        """Encode the one text or the pair of texts that `fields` names."""
         if len(fields) not in (1, 2):
             raise UserError(f"Tokenize takes one field or a pair of fields, not {fields}")
         self.fields = fields
@@ -34,7 +34,7 @@ class Tokenize:
         self._backend = tokenizer.truncated(max_length).backend
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Returns the example with the three features."""
+        """Return the example with the three features."""
         texts = [text_of(example, field) for field in self.fields]
         encoding = self._backend.encode(texts[0], texts[1] if len(texts) == 2 else None)
         return example | {

@@ -24,7 +24,7 @@ class AlignLabels:
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: str = "tokens", labels: str = "ner", max_length: int = 256):
-        """Names the fields; `labels` holds a class number a word, and an example need not have it."""
+        """Name the fields; `labels` holds a class number a word, and an example need not have it."""
         self.tokens = tokens
         self.label_field = labels
         self.max_length = max_length
@@ -34,7 +34,7 @@ class AlignLabels:
         self._backend = tokenizer.truncated(max_length).backend
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Returns the example with the features.
+        """Return the example with the features.
 
         Raises:
           UserError: the words are missing, or there are not as many labels.
@@ -67,7 +67,7 @@ class AlignLabels:
 
 
 def _first_tokens(words: Sequence[str], encoding: tokenizers.Encoding) -> np.ndarray:
-    """Returns int32 [words]: the first token that holds some of a word joined to the others by spaces, or -1."""
+    """Return int32 [words]: the first token that holds some of a word joined to the others by spaces, or -1."""
     ends = np.cumsum([len(word) + 1 for word in words], dtype=int) - 1
     starts = ends - [len(word) for word in words]
     inside = np.flatnonzero(np.asarray(encoding.special_tokens_mask) == 0)

@@ -33,7 +33,7 @@ def train(
     byte_fallback: bool = False,
     max_examples: int | None = None,
 ) -> Tokenizer:
-    """Trains a tokenizer on text; the same text gives the same tokenizer.
+    """Train a tokenizer on text; the same text gives the same tokenizer.
 
     bpe is byte-level BPE as GPT-2 has it (Radford et al. 2019, 2.2), with <|endoftext|> for begin, end and padding.
     wordpiece is BERT's (Devlin et al. 2018, 3), with [PAD], [UNK], [CLS], [SEP] and [MASK]: [CLS] text [SEP].
@@ -110,7 +110,7 @@ class _Texts:
             yield example[field]
 
     def alphabet(self, normalizer: normalizers.Normalizer) -> collections.Counter[str]:
-        """Returns how often each character occurred once normalised."""
+        """Return how often each character occurred once normalised."""
         found: collections.Counter[str] = collections.Counter()
         for character, count in self.characters.items():
             for normal in normalizer.normalize_str(character):
@@ -211,7 +211,7 @@ def _train_unigram(
 
 
 def _canonical(pieces: Sequence[tuple[str, float]], specials: int) -> list[tuple[str, float]]:
-    """Returns a unigram vocabulary without what its trainer's hash tables decided.
+    """Return a unigram vocabulary without what its trainer's hash tables decided.
 
     The sums behind the scores differ in the tenth digit. Characters that no text needs get the least score plus 0,
     0.0001, 0.0002, ... in any order; here each of them gets the least score.

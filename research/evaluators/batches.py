@@ -20,7 +20,7 @@ def run(
     mesh: Mesh,
     check: Callable[[], None],
 ) -> Iterator[Any]:
-    """Yields the function's outputs for every batch of one epoch, whole and as numpy arrays, in every process.
+    """Yield the function's outputs for every batch of one epoch, whole and as numpy arrays, in every process.
 
     Args:
       function: pure; jitted once for all calls with the same function, so pass a bound method of a frozen task.

@@ -79,11 +79,11 @@ class Scores:
                 raise UserError(f"scores: '{name}' is no score of {outputs} outputs of '{objective}'; use {fitting}")
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> Mapping[str, float | np.ndarray]:
-        """Returns score -> value; correlations and F1 as fractions, not percentages."""
+        """Return score -> value; correlations and F1 as fractions, not percentages."""
         return self._scored(*self._outputs(self.data, params, check))
 
     def _outputs(self, data: Dataset, params: Params, check: Callable[[], None]) -> tuple[float, dict[str, np.ndarray]]:
-        """Returns the loss, and what `_batch` returns for every real example of `data`, in order."""
+        """Return the loss, and what `_batch` returns for every real example of `data`, in order."""
         outputs = list(batches.run(self._batch, params, data, self.mesh, check))
         loss = merge([{"loss": means["loss"]} for means, _ in outputs])["loss"].compute()
         columns: dict[str, Any] = {k: np.concatenate([rows[k] for _, rows in outputs]) for k in outputs[0][1]}

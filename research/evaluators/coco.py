@@ -51,7 +51,7 @@ class Coco:
     threshold: float = 0.5
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float | np.ndarray]:
-        """Returns those of METRICS that are defined for these objects, in [0, 1], and the picture "boxes".
+        """Return those of METRICS that are defined for these objects, in [0, 1], and the picture "boxes".
 
         Raises:
           UserError: there is no object.
@@ -76,7 +76,7 @@ class Coco:
         return {name: outputs[name] for name in FEATURES} | asked
 
     def _picture(self, truths: Sequence[dict[str, Any]], predicted: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
-        """Draws the first examples."""
+        """Draw the first examples."""
         shown = range(min(self.pictures, len(truths)))
         images = [image.decode(self.data.source[i]["image"], 3) for i in shown]
         right, found = [], []
@@ -93,7 +93,7 @@ class Coco:
 def average_precision(
     truths: Sequence[dict[str, Any]], predicted: Sequence[dict[str, np.ndarray]], sizes: np.ndarray
 ) -> dict[str, float]:
-    """Returns those of METRICS that are defined: without small objects, there is no AP of small objects.
+    """Return those of METRICS that are defined: without small objects, there is no AP of small objects.
 
     Args:
       truths: for each image `bbox` [n, 4] (top, left, bottom, right as shares), `label` [n], and if you like `is_crowd`
@@ -126,13 +126,13 @@ def average_precision(
 
 
 def in_pixels(boxes_nx4: np.ndarray, size: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Returns (left, top, right, bottom) in pixels of boxes (centre x, centre y, width, height) as shares."""
+    """Return (left, top, right, bottom) in pixels of boxes (centre x, centre y, width, height) as shares."""
     height, width = size
     return boxes.corners(np.asarray(boxes_nx4, np.float64)) * np.array([width, height, width, height])
 
 
 def _annotations(number: int, objects: dict[str, Any], size: np.ndarray) -> list[dict[str, Any]]:
-    """Returns the objects of an image in COCO's format."""
+    """Return the objects of an image in COCO's format."""
     placed = _placed(in_pixels(boxes.centred(objects["bbox"]), size))
     labels = np.asarray(objects["label"], int)
     crowds = np.asarray(objects.get("is_crowd", np.zeros(len(labels))), int)
@@ -150,7 +150,7 @@ def _annotations(number: int, objects: dict[str, Any], size: np.ndarray) -> list
 
 
 def _results(number: int, outputs: dict[str, np.ndarray], size: np.ndarray) -> list[dict[str, Any]]:
-    """Returns what was found in an image in COCO's format."""
+    """Return what was found in an image in COCO's format."""
     placed = _placed(in_pixels(outputs["boxes"], size))
     return [
         {"image_id": number, "category_id": int(label), "bbox": box.tolist(), "score": float(score)}
@@ -159,5 +159,5 @@ def _results(number: int, outputs: dict[str, np.ndarray], size: np.ndarray) -> l
 
 
 def _placed(edges_nx4: np.ndarray) -> np.ndarray:
-    """Returns (left, top, width, height) of (left, top, right, bottom)."""
+    """Return (left, top, width, height) of (left, top, right, bottom)."""
     return np.concatenate([edges_nx4[:, :2], edges_nx4[:, 2:] - edges_nx4[:, :2]], axis=-1)

@@ -35,7 +35,7 @@ class Entities:
     labels: str = "ner"
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Returns "loss" and "accuracy" of words, and "precision", "recall", "f1" and "f1_KIND" of entities."""
+        """Return "loss" and "accuracy" of words, and "precision", "recall", "f1" and "f1_KIND" of entities."""
         data, means = numbered(self.data), []
         right, predicted = [], []
         for mean, batch in batches.run(self._batch, params, data, self.mesh, check):
@@ -53,7 +53,7 @@ class Entities:
 
 
 def score(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Scores the labels of sentences.
+    """Score the labels of sentences.
 
     Args:
       right: label names such as "B-PER", a list a sentence.

@@ -53,7 +53,7 @@ class TrainedRun:
         return transfer.load_params(self.path, self._model, shapes, self.checkpoint, new=())[0]
 
     def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
-        """Raises UserError unless the run was trained on images of that shape, and of these classes in this order."""
+        """Raise UserError unless the run was trained on images of that shape, and of these classes in this order."""
         own = self._experiment.spec["image"].shape[1:] if "image" in self._experiment.spec else ()
         if own != shape:
             raise UserError(f"path: the run in '{self.path}' sees images of {own}; those drawn are of {shape}")
@@ -62,7 +62,7 @@ class TrainedRun:
             raise UserError(f"path: the run in '{self.path}' tells {theirs} apart; what is drawn is {label_names}")
 
     def __call__(self, params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
-        """Returns "features" [B, F] and "logits" [B, C]."""
+        """Return "features" [B, F] and "logits" [B, C]."""
         for op in self._normalizations:
             pixels = (pixels - op.mean) / op.std
         logits, state = self._model.apply(
@@ -122,12 +122,12 @@ class Inception:
         return {name: self._folded(name) for name in self._shapes}
 
     def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
-        """Raises UserError unless images are grey or of three colours."""
+        """Raise UserError unless images are grey or of three colours."""
         if shape[2] not in (1, 3):
             raise UserError(f"network: Inception sees images of 1 or 3 channels, not of {shape[2]}")
 
     def __call__(self, params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
-        """Returns "features" [B, 2048]."""
+        """Return "features" [B, 2048]."""
         return {"features": jnp.asarray(inception.Inception().apply({"params": params}, inception.prepare(pixels)))}
 
     @functools.cached_property

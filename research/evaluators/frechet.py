@@ -38,13 +38,13 @@ class Network(Protocol):
         ...
 
     def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
-        """Raises UserError unless it takes images of that height, width and number of channels and, of a classifier,
+        """Raise UserError unless it takes images of that height, width and number of channels and, of a classifier,
         tells these classes apart; () where they have no names.
         """
         ...
 
     def __call__(self, params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
-        """Maps images [B, H, W, C] in [0, 1] to "features" [B, F] and, of a classifier, "logits" [B, C]."""
+        """Map images [B, H, W, C] in [0, 1] to "features" [B, F] and, of a classifier, "logits" [B, C]."""
         ...
 
 
@@ -78,7 +78,7 @@ class Frechet:
         self.network.check(self.task.model.shape, self.task.label_names)
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Returns the distance; "accuracy", the share of images that a classifier takes for what they are to be; and
+        """Return the distance; "accuracy", the share of images that a classifier takes for what they are to be; and
 
         "real_" and the name of the distance: that of one half of the real images from the other, to compare with.
         """
@@ -110,13 +110,13 @@ class Frechet:
         return self._see(params, batch["image"], batch["mask"])
 
     def _see(self, params: Params, image: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-        """Shows the network images as a PNG file would hold them."""
+        """Show the network images as a PNG file would hold them."""
         pixels = (pictures.pixels(image, self.data.ops) * 255).round() / 255
         return self.network(params, pixels) | {"mask": mask}
 
 
 def _columns(outputs: Any) -> dict[str, np.ndarray]:
-    """Returns the outputs of all batches, the rows that only fill them up left out."""
+    """Return the outputs of all batches, the rows that only fill them up left out."""
     every = list(outputs)
     return {name: np.concatenate([batch[name][batch["mask"] > 0] for batch in every]) for name in every[0]}
 
@@ -127,7 +127,7 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet_distance(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
-    """Returns |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two normal distributions (Dowson 1982).
+    """Return |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two normal distributions (Dowson 1982).
 
     The trace of the root is that of (C^(1/2) C' C^(1/2))^(1/2), whose eigenvalues are real and not negative, also where
     there are fewer samples than features.
@@ -158,12 +158,12 @@ class Pixels:
         return {}
 
     def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
-        """Raises UserError unless images can be cut so."""
+        """Raise UserError unless images can be cut so."""
         if shape[0] % self.size:
             raise UserError(f"network.size: images of {shape[0]} pixels have no {self.size} squares in a row")
 
     def __call__(self, params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
-        """Returns "features" [B, size * size * C]."""
+        """Return "features" [B, size * size * C]."""
         batch, height, width, channels = pixels.shape
         squares = pixels.reshape(batch, self.size, height // self.size, self.size, width // self.size, channels)
         return {"features": squares.mean(axis=(2, 4)).reshape(batch, -1)}

@@ -46,7 +46,7 @@ class Generation:
             raise UserError(f"max_examples: {self.max_examples} must be at least 1")
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Returns score -> value; the first texts, and sacreBLEU's signatures, are logged."""
+        """Return score -> value; the first texts, and sacreBLEU's signatures, are logged."""
         texts = self.predictions(params, check)
         for text, references in list(zip(texts, self.references))[:SHOWN]:
             logging.info("predicted: %s", text)
@@ -56,7 +56,7 @@ class Generation:
         return {name: text_scores.SCORES[name](texts, self.references) for name in self.scores}
 
     def predictions(self, params: Params, check: Callable[[], None] = lambda: None) -> list[str]:
-        """Returns the texts, in the order of the examples."""
+        """Return the texts, in the order of the examples."""
         texts: dict[int, str] = {}
         for outputs, numbers, mask in batches.run(self._batch, params, self._data, self.mesh, check):
             for i in np.flatnonzero(mask):

@@ -36,7 +36,7 @@ class ImageScores(Scores):
             raise UserError(f"mistakes: 0 is needed, as '{objective}' does not choose one class")
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> Mapping[str, float | np.ndarray]:
-        """Returns score -> value, and the pictures "confusion" and, where there are any, "mistakes"."""
+        """Return score -> value, and the pictures "confusion" and, where there are any, "mistakes"."""
         if not self.mistakes:
             return super().__call__(params, check)
         loss, columns = self._outputs(self._numbered, params, check)
@@ -59,7 +59,7 @@ class ImageScores(Scores):
         return means, {**rows, "example": batch["example"], "probability": probabilities_BxC.max(axis=-1)}
 
     def _draw(self, columns: dict[str, np.ndarray], wrong: int) -> np.ndarray:
-        """Draws examples as the model saw them, each under its class, and the one it was taken for."""
+        """Draw examples as the model saw them, each under its class, and the one it was taken for."""
         shown, titles = [], []
         for number, target, prediction, probability in zip(*(columns[name] for name in _COLUMNS)):
             (row,) = self.data.transform(self.data.source[int(number)])

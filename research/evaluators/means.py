@@ -29,7 +29,7 @@ class Means:
     perplexity: bool = False
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Returns metric -> mean."""
+        """Return metric -> mean."""
         sums = merge(batches.run(self.task.metrics, params, self.data, self.mesh, check))
         means = {name: float(mean.compute()) for name, mean in sums.items()}
         return means | ({"perplexity": math.exp(min(means["loss"], 700.0))} if self.perplexity else {})

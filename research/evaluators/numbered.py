@@ -17,12 +17,12 @@ class Numbered:
         return len(self.source) if self.count is None else min(self.count, len(self.source))
 
     def __getitem__(self, index: int) -> Example:
-        """Returns an example and its position."""
+        """Return an example and its position."""
         return self.source[index] | {"example": index}
 
 
 def numbered(data: Dataset, *features: str, count: int | None = None) -> Dataset:
-    """Returns the dataset, or its first `count` examples, with `example` and `features` in its batches."""
+    """Return the dataset, or its first `count` examples, with `example` and `features` in its batches."""
     return dataclasses.replace(
         data, source=Numbered(data.source, count), features=(*data.features, "example", *features)
     )

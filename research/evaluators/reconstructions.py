@@ -38,7 +38,7 @@ class Reconstructions:
             raise UserError(f"count: {self.count} must be at least 1")
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
-        """Returns "images", a picture uint8 [height, width, 3]."""
+        """Return "images", a picture uint8 [height, width, 3]."""
         outputs = list(batches.run(self._batch, params, self._data, self.mesh, check))
         columns = {name: np.concatenate([batch[name] for batch in outputs]) for name in outputs[0]}
         columns = {name: values[columns["mask"] > 0] for name, values in columns.items()}

@@ -51,7 +51,7 @@ class Samples:
         self.task.check(self.sampling or self.task.sampling)
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
-        """Returns "images", a picture uint8 [height, width, 3]."""
+        """Return "images", a picture uint8 [height, width, 3]."""
         shown = min(self.classes, self.task.model.num_classes)
         drawing = Drawing(self.task, self.sampling or self.task.sampling, self.seed)
         labels = np.repeat(np.arange(shown), self.columns)
@@ -88,7 +88,7 @@ class Drawing:
     seed: int
 
     def __call__(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """Returns "image" [B, H, W, C] and "mask" [B]."""
+        """Return "image" [B, H, W, C] and "mask" [B]."""
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), batch["number"])
         return {"image": self.task.draw(params, batch["label"], keys_B, self.sampling), "mask": batch["mask"]}
 
@@ -101,13 +101,13 @@ def draw(
     mesh: Mesh,
     check: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Returns an image for each label, float32 [N, H, W, C], in the units of the data."""
+    """Return an image for each label, float32 [N, H, W, C], in the units of the data."""
     outputs = list(batches.run(drawing, params, requests(labels, batch_size, mesh), mesh, check))
     return np.concatenate([output["image"][output["mask"] > 0] for output in outputs])
 
 
 def requests(labels: Sequence[int] | np.ndarray, batch_size: int, mesh: Mesh) -> Dataset:
-    """Returns a dataset of labels and their numbers, in batches no larger than they need to be."""
+    """Return a dataset of labels and their numbers, in batches no larger than they need to be."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     records = [{"label": int(label), "number": i} for i, label in enumerate(labels)]
     size = min(batch_size, math.ceil(len(records) / ways) * ways)
@@ -115,18 +115,18 @@ def requests(labels: Sequence[int] | np.ndarray, batch_size: int, mesh: Mesh) ->
 
 
 def names(task: Diffusion) -> list[str]:
-    """Returns what the classes are called: their numbers where they have no names."""
+    """Return what the classes are called: their numbers where they have no names."""
     return list(task.label_names) or [str(i) for i in range(task.model.num_classes)]
 
 
 def check_pixels(task: Diffusion) -> None:
-    """Raises UserError unless what the model draws can be looked at."""
+    """Raise UserError unless what the model draws can be looked at."""
     if task.model.num_channels not in (1, 3):
         raise UserError(f"{task.model.num_channels} channels are no picture but latents, which their decoder shows")
 
 
 def describe(sampling: Sampling) -> str:
-    """Returns how images were drawn, in words."""
+    """Return how images were drawn, in words."""
     name = "Euler" if sampling.sampler == "euler" else sampling.sampler.upper()
     guided = f", guidance {sampling.guidance:g}" if sampling.guidance != 1 else ""
     return f"{name}, {sampling.steps} step{'s' * (sampling.steps > 1)}{guided}"

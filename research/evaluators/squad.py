@@ -35,7 +35,7 @@ class Squad:
     answers: str = "answers"
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Returns "loss" (of windows) and fractions in [0, 1].
+        """Return "loss" (of windows) and fractions in [0, 1].
 
         v1.1: "exact_match" and "f1". v2: "exact" and "f1"; both again for the questions that have answers, "HasAns_*",
         and for those that have none, "NoAns_*", where there are some; and what the best threshold would give:
@@ -61,7 +61,7 @@ class Squad:
     def _answered(
         self, data: Dataset, number: int, windows: dict[int, dict[str, np.ndarray]]
     ) -> tuple[str, str, float, list[str]]:
-        """Returns the answer, the best answer that is not null, how much better null scores, and the right answers."""
+        """Return the answer, the best answer that is not null, how much better null scores, and the right answers."""
         example = data.source[number]
         if self.answers not in example:
             raise UserError(f"answers: examples have no '{self.answers}'{nearest(self.answers, example)}")
@@ -72,7 +72,7 @@ class Squad:
 
 
 def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Returns "exact_match" and "f1", means over questions of the best over the right answers (v1.1)."""
+    """Return "exact_match" and "f1", means over questions of the best over the right answers (v1.1)."""
     return {
         name: float(np.mean([_best(compare, *pair) for pair in zip(predictions, answers)]))
         for name, compare in (("exact_match", text_scores.same), ("f1", text_scores.overlap))
@@ -82,7 +82,7 @@ def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[
 def score_v2(
     predictions: Sequence[str], bests: Sequence[str], leads: Sequence[float], answers: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Returns the scores of SQuAD v2, see `Squad`.
+    """Return the scores of SQuAD v2, see `Squad`.
 
     Args:
       predictions: "" where the question is said to have no answer.
@@ -106,7 +106,7 @@ def score_v2(
 
 
 def best_threshold(values: np.ndarray, leads: np.ndarray, answerable: np.ndarray) -> tuple[float, float]:
-    """Returns the best mean score that a threshold on the leads gives, and the threshold.
+    """Return the best mean score that a threshold on the leads gives, and the threshold.
 
     Args:
       values: [N], the scores where the questions are answered.

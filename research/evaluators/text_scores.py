@@ -20,64 +20,64 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def bleu(predictions: Texts, references: References) -> float:
-    """Returns the BLEU of a whole corpus, by sacreBLEU's defaults (13a tokens, mixed case, exponential smoothing)."""
+    """Return the BLEU of a whole corpus, by sacreBLEU's defaults (13a tokens, mixed case, exponential smoothing)."""
     return sacrebleu.BLEU().corpus_score(predictions, _streams(references)).score
 
 
 def chrf(predictions: Texts, references: References) -> float:
-    """Returns the chrF2 of a whole corpus, by sacreBLEU's defaults (character 6-grams, no words)."""
+    """Return the chrF2 of a whole corpus, by sacreBLEU's defaults (character 6-grams, no words)."""
     return sacrebleu.CHRF().corpus_score(predictions, _streams(references)).score
 
 
 def rouge1(predictions: Texts, references: References) -> float:
-    """Returns the mean F1 of common words, the best over a text's references; words are not stemmed."""
+    """Return the mean F1 of common words, the best over a text's references; words are not stemmed."""
     return _mean(lambda text, reference: _rouge_n(text, reference, 1), predictions, references)
 
 
 def rouge2(predictions: Texts, references: References) -> float:
-    """Returns the mean F1 of common pairs of words."""
+    """Return the mean F1 of common pairs of words."""
     return _mean(lambda text, reference: _rouge_n(text, reference, 2), predictions, references)
 
 
 def rouge_l(predictions: Texts, references: References) -> float:
-    """Returns the mean F1 of the longest common subsequence of words, the text taken as one sentence."""
+    """Return the mean F1 of the longest common subsequence of words, the text taken as one sentence."""
     return _mean(lambda text, reference: _rouge_lcs([text], [reference]), predictions, references)
 
 
 def rouge_lsum(predictions: Texts, references: References) -> float:
-    """Returns the mean F1 of the union of longest common subsequences of sentences, which are lines."""
+    """Return the mean F1 of the union of longest common subsequences of sentences, which are lines."""
     return _mean(lambda text, reference: _rouge_lcs(text.split("\n"), reference.split("\n")), predictions, references)
 
 
 def exact_match(predictions: Texts, references: References) -> float:
-    """Returns the share of texts that equal a reference but for case, punctuation, articles and space (SQuAD's)."""
+    """Return the share of texts that equal a reference but for case, punctuation, articles and space (SQuAD's)."""
     return _mean(same, predictions, references)
 
 
 def token_f1(predictions: Texts, references: References) -> float:
-    """Returns the mean F1 of words, normalised as for `exact_match`; two empty texts agree."""
+    """Return the mean F1 of words, normalised as for `exact_match`; two empty texts agree."""
     return _mean(overlap_v2, predictions, references)
 
 
 def normalise(text: str) -> str:
-    """Returns a text as SQuAD compares it: lower case, without punctuation, articles and superfluous space."""
+    """Return a text as SQuAD compares it: lower case, without punctuation, articles and superfluous space."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split())
 
 
 def same(prediction: str, answer: str) -> float:
-    """Returns 1 if two texts are the same when normalised, else 0."""
+    """Return 1 if two texts are the same when normalised, else 0."""
     return float(normalise(prediction) == normalise(answer))
 
 
 def overlap(prediction: str, answer: str) -> float:
-    """Returns the F1 of the normalised words of two texts; 0 where none is common."""
+    """Return the F1 of the normalised words of two texts; 0 where none is common."""
     predicted, right = normalise(prediction).split(), normalise(answer).split()
     common = collections.Counter(predicted) & collections.Counter(right)
     return _f1(common.total(), len(predicted), len(right))
 
 
 def overlap_v2(prediction: str, answer: str) -> float:
-    """Returns `overlap`, but 1 for two texts that are empty when normalised."""
+    """Return `overlap`, but 1 for two texts that are empty when normalised."""
     return overlap(prediction, answer) or float(not normalise(prediction) and not normalise(answer))
 
 
@@ -94,7 +94,7 @@ SCORES: dict[str, Callable[[Texts, References], float]] = {
 
 
 def signature(name: str, references: References) -> str:
-    """Returns sacreBLEU's signature of "bleu" or "chrf" on such references; "" for the other scores."""
+    """Return sacreBLEU's signature of "bleu" or "chrf" on such references; "" for the other scores."""
     kinds = {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}
     if name not in kinds:
         return ""
@@ -104,13 +104,13 @@ def signature(name: str, references: References) -> str:
 
 
 def _streams(references: References) -> list[list[Any]]:
-    """Returns the first references of all texts, the second ones, ...; None where a text has no more."""
+    """Return the first references of all texts, the second ones, ...; None where a text has no more."""
     most = max(map(len, references))
     return [[each[i] if i < len(each) else None for each in references] for i in range(most)]
 
 
 def _mean(each: Callable[[str, str], float], predictions: Texts, references: References) -> float:
-    """Returns the mean over texts of the best score over their references."""
+    """Return the mean over texts of the best score over their references."""
     return float(np.mean([max(each(text, one) for one in those) for text, those in zip(predictions, references)]))
 
 
@@ -130,7 +130,7 @@ def _rouge_n(text: str, reference: str, n: int) -> float:
 
 
 def _rouge_lcs(text: Sequence[str], reference: Sequence[str]) -> float:
-    """Returns the F1 of the words that are on a longest common subsequence, given sentences."""
+    """Return the F1 of the words that are on a longest common subsequence, given sentences."""
     predicted, right = [_words(line) for line in text], [_words(line) for line in reference]
     left = collections.Counter(word for line in predicted for word in line)
     common = 0
@@ -144,7 +144,7 @@ def _rouge_lcs(text: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def _common_places(words: Sequence[str], others: Sequence[str]) -> set[int]:
-    """Returns where in `words` a longest common subsequence with `others` is; of several, the last."""
+    """Return where in `words` a longest common subsequence with `others` is; of several, the last."""
     lengths = np.zeros((len(words) + 1, len(others) + 1), int)
     same = np.asarray(words, object)[:, None] == np.asarray(others, object)[None]
     for i in range(len(words)):

@@ -30,7 +30,7 @@ LEAST = -1e9  # the score of what is no candidate
 def beam_search(
     model: nn.Module, params: Params, batch: Batch, decoding: Decoding, tokenizer: Tokenizer | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the K best outputs of each prompt, int32 [B, K, N], and their scores, float32 [B, K], best first.
+    """Return the K best outputs of each prompt, int32 [B, K, N], and their scores, float32 [B, K], best first.
 
     The score is the sum of the tokens' log-probabilities divided by length ** length_penalty. The arguments are those
     of `generate`, and outputs are ended and filled up alike.
@@ -64,7 +64,7 @@ class _BeamSearch:
     pad_id: int
 
     def start(self, count: int, state: State, seen: jax.Array | None, room_B: jax.Array | None) -> dict[str, Any]:
-        """Returns the beams of `count` prompts; all but the first one of each count for nothing."""
+        """Return the beams of `count` prompts; all but the first one of each count for nothing."""
         beams, length = self.decoding.num_beams, self.decoding.max_new_tokens
         tokens_BxKxN = jnp.full((count, beams, length), self.pad_id, jnp.int32)
         least_BxK = jnp.full((count, beams), LEAST)
@@ -82,12 +82,12 @@ class _BeamSearch:
         } | ({} if seen is None else {"seen": seen})
 
     def unfinished(self, beams: dict[str, Any]) -> jax.Array:
-        """Returns whether there is anything left to do."""
+        """Return whether there is anything left to do."""
         going = (beams["count"] < self.decoding.max_new_tokens) & beams["improvable"].any()
         return going & ~beams["finished"].all() if self.decoding.early_stopping else going
 
     def expand(self, beams: dict[str, Any], logits: jax.Array) -> dict[str, Any]:
-        """Adds a token to the beams, whose next logits are [B * K, V]; twice as many candidates are looked at."""
+        """Add a token to the beams, whose next logits are [B * K, V]; twice as many candidates are looked at."""
         (count, width), settings, i = beams["scores"].shape, self.decoding, beams["count"]
         past_B = i >= beams["most"]  # their logits may be NaN, which a search takes for the best of all
         scores = jax.nn.log_softmax(jnp.where(jnp.repeat(past_B, width)[:, None], 0.0, logits))
@@ -122,7 +122,7 @@ class _BeamSearch:
     def _finish(
         self, beams: dict[str, Any], tokens_BxCxN: jax.Array, scores_BxC: jax.Array, ended_BxC: jax.Array
     ) -> dict[str, Any]:
-        """Lets candidates that have ended, and are among the best K, in among the K best finished outputs."""
+        """Let candidates that have ended, and are among the best K, in among the K best finished outputs."""
         width = self.decoding.num_beams
         ended_BxC &= jnp.arange(2 * width) < width
         scores_BxC = scores_BxC / (beams["count"] + 1.0) ** self.decoding.length_penalty
@@ -141,12 +141,12 @@ class _BeamSearch:
 
 
 def _take(values: jax.Array, index_BxK: jax.Array) -> jax.Array:
-    """Returns values [B, C, ...] at an index into C."""
+    """Return values [B, C, ...] at an index into C."""
     return jnp.take_along_axis(values, index_BxK.reshape(*index_BxK.shape, *[1] * (values.ndim - 2)), axis=1)
 
 
 def _reorder(cache: Any, rows: jax.Array) -> Any:
-    """Returns the cache of other rows; beams of one prompt share what is kept of its source."""
+    """Return the cache of other rows; beams of one prompt share what is kept of its source."""
 
     def take(path: Any, x: jax.Array) -> jax.Array:
         shared = any(getattr(key, "key", None) == "cross_attention" for key in path)

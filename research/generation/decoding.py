@@ -77,7 +77,7 @@ class Decoding:
         self._check_idle(("length_penalty", "early_stopping"), self.num_beams == 1, "num_beams above 1")
 
     def _check_idle(self, names: Sequence[str], idle: bool, needed: str) -> None:
-        """Raises UserError for a setting that would change nothing."""
+        """Raise UserError for a setting that would change nothing."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in names:
             if idle and getattr(self, name) != defaults[name]:
@@ -85,7 +85,7 @@ class Decoding:
 
 
 def penalise(scores_BxV: jax.Array, seen_BxV: jax.Array, penalty: float) -> jax.Array:
-    """Makes scores of tokens that were seen worse: divides those above 0 by the penalty, multiplies those below."""
+    """Make scores of tokens that were seen worse: divides those above 0 by the penalty, multiplies those below."""
     worse_BxV = jnp.where(scores_BxV < 0, scores_BxV * penalty, scores_BxV / penalty)
     return jnp.where(seen_BxV, worse_BxV, scores_BxV)
 
@@ -93,7 +93,7 @@ def penalise(scores_BxV: jax.Array, seen_BxV: jax.Array, penalty: float) -> jax.
 def prefill(
     model: nn.Module, params: Params, batch: Batch, decoding: Decoding, pad_id: int = 0
 ) -> tuple[jax.Array, State]:
-    """Reads prompts, or the inputs of an encoder.
+    """Read prompts, or the inputs of an encoder.
 
     Args:
       model: see `generate`.
@@ -117,7 +117,7 @@ def prefill(
 
 
 def advance(model: nn.Module, params: Params, state: State, token_B: jax.Array) -> tuple[jax.Array, State]:
-    """Returns the logits float32 [B, V] of what follows one more token int32 [B], and the state after it."""
+    """Return the logits float32 [B, V] of what follows one more token int32 [B], and the state after it."""
     return _apply(model, params, state, token_B[:, None])
 
 
@@ -135,7 +135,7 @@ def _apply(model: nn.Module, params: Params, state: State, ids_BxT: jax.Array) -
 
 
 def unstack(params: Params) -> Params:
-    """Returns the parameters with those of each of the decoder's layers by themselves; see `layers.stack`."""
+    """Return the parameters with those of each of the decoder's layers by themselves; see `layers.stack`."""
     if "decoder" in params:
         return {**params, "decoder": unstack(params["decoder"])}
     stacked = params.get("layers", {})
@@ -146,7 +146,7 @@ def unstack(params: Params) -> Params:
 
 
 def _left_padded(ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Turns rows around so that their padding comes first."""
+    """Turn rows around so that their padding comes first."""
     length = ids_BxT.shape[1]
     after_B = jnp.argmax(mask_BxT[:, ::-1], axis=1)  # how much padding comes last
     index_BxT = (jnp.arange(length)[None] - after_B[:, None]) % length
@@ -154,7 +154,7 @@ def _left_padded(ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, ja
 
 
 def seen_tokens(batch: Batch, state: State, decoding: Decoding, pad_id: int, vocab_size: int) -> jax.Array:
-    """Returns which tokens the decoder has read, bool [B, V]."""
+    """Return which tokens the decoder has read, bool [B, V]."""
     ids_BxT = batch["input_ids"]
     if "source" in state:
         start = pad_id if decoding.decoder_start_id is None else decoding.decoder_start_id
@@ -165,7 +165,7 @@ def seen_tokens(batch: Batch, state: State, decoding: Decoding, pad_id: int, voc
 
 
 def room(model: nn.Module, batch: Batch) -> jax.Array | None:
-    """Returns how many tokens, int32 [B], a decoder may generate; None where its positions have no end."""
+    """Return how many tokens, int32 [B], a decoder may generate; None where its positions have no end."""
     if getattr(model, "positions", None) != "learned":
         return None
     ids_BxT = batch["input_ids"]
@@ -174,12 +174,12 @@ def room(model: nn.Module, batch: Batch) -> jax.Array | None:
 
 
 def token_ids(tokenizer: Tokenizer | None) -> tuple[int | None, int]:
-    """Returns the token that ends a text and the one that fills it up."""
+    """Return the token that ends a text and the one that fills it up."""
     return (None, 0) if tokenizer is None else (tokenizer.eos_id, tokenizer.pad_id)
 
 
 def pad(prompts: Sequence[Sequence[int]], pad_id: int, least: int = 16) -> dict[str, np.ndarray]:
-    """Returns prompts as a batch, int32 [B, T], padded on the left.
+    """Return prompts as a batch, int32 [B, T], padded on the left.
 
     T is a power of two, and `least` or more, so that few programs are compiled.
     """
@@ -194,7 +194,7 @@ def pad(prompts: Sequence[Sequence[int]], pad_id: int, least: int = 16) -> dict[
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises UserError unless it is an encoder-decoder, or a decoder, which keeps a cache."""
+    """Raise UserError unless it is an encoder-decoder, or a decoder, which keeps a cache."""
     if hasattr(model, "encode"):
         return
     inputs = jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -203,7 +203,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_room(model: nn.Module, prompt: int, decoding: Decoding) -> None:
-    """Raises UserError unless a decoder has positions for that many tokens of a prompt and those that follow."""
+    """Raise UserError unless a decoder has positions for that many tokens of a prompt and those that follow."""
     if getattr(model, "positions", None) != "learned":
         return
     most = model.max_positions

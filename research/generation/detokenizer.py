@@ -17,7 +17,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
-        """Begins after the tokens of `prompt`, which may decide whether the text begins with a space."""
+        """Begin after the tokens of `prompt`, which may decide whether the text begins with a space."""
         self.ended = False
         self._tokenizer, self._stop, self._ids = tokenizer, tuple(stop), [int(id) for id in prompt]
         # A special token, such as the end of a turn, is no text: it is never found in what is decoded.
@@ -25,11 +25,11 @@ class Detokenizer:
         self._shown = len(tokenizer.decode(self._ids)) if self._ids else 0
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Takes tokens and returns the text that is certain by now."""
+        """Take tokens and return the text that is certain by now."""
         return self._advance(tokens, last=False)
 
     def close(self) -> str:
-        """Returns what was held back."""
+        """Return what was held back."""
         return self._advance((), last=True)
 
     def _advance(self, tokens: Sequence[int], last: bool) -> str:
@@ -48,7 +48,7 @@ class Detokenizer:
         return new
 
     def _certain(self, text: str) -> int:
-        """Returns how much of the text no further token changes: half a character is decoded as U+FFFD."""
+        """Return how much of the text no further token changes: half a character is decoded as U+FFFD."""
         whole = text.rstrip("\ufffd")
         for size in range(max(map(len, self._stop), default=1) - 1, 0, -1):
             if any(stop.startswith(whole[-size:]) for stop in self._stop if len(stop) > size <= len(whole)):
@@ -62,7 +62,7 @@ def completion(
     stop: Sequence[str] = (),
     prompt: Sequence[int] = (),
 ) -> str:
-    """Returns the text of one output of `generate`: up to the end token, or to the first of the texts in `stop`.
+    """Return the text of one output of `generate`: up to the end token, or to the first of the texts in `stop`.
 
     Where there is no tokenizer it is the tokens' numbers.
     """

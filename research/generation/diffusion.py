@@ -94,29 +94,29 @@ class Gaussian:
         return _table(SCHEDULES[self.schedule](self.num_steps))
 
     def time(self, shares_B: jax.Array) -> jax.Array:
-        """Maps numbers in [0, 1) to times as the model is told them, the steps 0 to T - 1."""
+        """Map numbers in [0, 1) to times as the model is told them, the steps 0 to T - 1."""
         return jnp.floor(shares_B * self.num_steps)
 
     def at(self, time_B: jax.Array) -> Pair:
-        """Returns signal and noise at times, [B] each."""
+        """Return signal and noise at times, [B] each."""
         return self.look_up("signal", time_B), self.look_up("noise", time_B)
 
     def look_up(self, name: str, time_B: jax.Array) -> jax.Array:
-        """Returns the values at times of one of the arrays in `table`, float32 [B]."""
+        """Return the values at times of one of the arrays in `table`, float32 [B]."""
         return jnp.asarray(self.table[name], jnp.float32)[time_B.astype(jnp.int32)]
 
     def target(self, data: jax.Array, noise: jax.Array, at: Pair) -> jax.Array:
-        """Returns what the model is to say of the mixture of `data` and `noise`."""
+        """Return what the model is to say of the mixture of `data` and `noise`."""
         return noise if self.prediction == "epsilon" else at[0] * noise - at[1] * data
 
     def pair(self, prediction: jax.Array, mixture: jax.Array, at: Pair) -> Pair:
-        """Returns the data and the noise that the model sees in a mixture."""
+        """Return the data and the noise that the model sees in a mixture."""
         if self.prediction == "epsilon":
             return (mixture - at[1] * prediction) / at[0], prediction
         return at[0] * mixture - at[1] * prediction, at[1] * mixture + at[0] * prediction
 
     def grid(self, sampling: Sampling) -> Grid:
-        """Returns what `sample` does at each of its steps, from noise to data; raises UserError if it cannot."""
+        """Return what `sample` does at each of its steps, from noise to data; raise UserError if it cannot."""
         _check_sampler(sampling, ("ddpm", "ddim"))
         if sampling.steps > self.num_steps:
             raise UserError(f"sampling.steps: {sampling.steps} are more than the {self.num_steps} of training")
@@ -131,7 +131,7 @@ class Gaussian:
 
 
 def _table(bars: np.ndarray) -> Grid:
-    """Returns arrays [T] for steps that, taken together down to the data, keep the shares `bars` of their variance.
+    """Return arrays [T] for steps that, taken together down to the data, keep the shares `bars` of their variance.
 
     Returns:
       signal, noise: of the data and of the noise after the step; next_signal, next_noise: one step nearer to the data.
@@ -163,24 +163,24 @@ class Flow:
     """
 
     def time(self, shares_B: jax.Array) -> jax.Array:
-        """Maps numbers in [0, 1) to times as the model is told them."""
+        """Map numbers in [0, 1) to times as the model is told them."""
         return 1000 * shares_B
 
     def at(self, time_B: jax.Array) -> Pair:
-        """Returns signal and noise at times, [B] each."""
+        """Return signal and noise at times, [B] each."""
         return 1 - time_B / 1000, time_B / 1000
 
     def target(self, data: jax.Array, noise: jax.Array, at: Pair) -> jax.Array:
-        """Returns what the model is to say of the mixture of `data` and `noise`."""
+        """Return what the model is to say of the mixture of `data` and `noise`."""
         del at  # the velocity is the same all the way
         return noise - data
 
     def pair(self, prediction: jax.Array, mixture: jax.Array, at: Pair) -> Pair:
-        """Returns the data and the noise that the model sees in a mixture."""
+        """Return the data and the noise that the model sees in a mixture."""
         return mixture - at[1] * prediction, mixture + at[0] * prediction
 
     def grid(self, sampling: Sampling) -> Grid:
-        """Returns what `sample` does at each of its steps, from noise to data; raises UserError if it cannot."""
+        """Return what `sample` does at each of its steps, from noise to data; raise UserError if it cannot."""
         _check_sampler(sampling, ("euler",))
         times = np.linspace(1, 0, sampling.steps + 1)
         now, after, none = times[:-1], times[1:], np.zeros(sampling.steps)
@@ -195,14 +195,14 @@ def _check_sampler(sampling: Sampling, known: tuple[str, ...]) -> None:
 
 
 def expand(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
-    """Gives [B] as many axes as `like` has."""
+    """Give [B] as many axes as `like` has."""
     return numbers_B.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def bound(
     process: Gaussian, data: jax.Array, mixture: jax.Array, time_B: jax.Array, seen: jax.Array, share: jax.Array
 ) -> jax.Array:
-    """Returns the variational bound's term at each time, in bits a number, float32 [B] (Nichol 2021, section 3.1).
+    """Return the variational bound's term at each time, in bits a number, float32 [B] (Nichol 2021, section 3.1).
 
     Args:
       process: T times the mean of the terms over all times bounds the bits that images of 256 levels in [-1, 1] need.
@@ -224,14 +224,14 @@ def bound(
 
 
 def _posterior_mean(look_up: dict[str, jax.Array], data: jax.Array, mixture: jax.Array) -> jax.Array:
-    """Returns the mean of the step below `mixture` where the data are known (Ho 2020, equation 7)."""
+    """Return the mean of the step below `mixture` where the data are known (Ho 2020, equation 7)."""
     kept = 1 - look_up["large_variance"]
     weights = look_up["next_signal"] * look_up["large_variance"], jnp.sqrt(kept) * look_up["next_noise"] ** 2
     return (weights[0] * data + weights[1] * mixture) / look_up["noise"] ** 2
 
 
 def _log_likelihood(data: jax.Array, mean: jax.Array, log_deviation: jax.Array) -> jax.Array:
-    """Returns the logarithm of the share of a normal distribution that rounds to each of 256 levels in [-1, 1]."""
+    """Return the logarithm of the share of a normal distribution that rounds to each of 256 levels in [-1, 1]."""
     half = 1 / 255
 
     def below(edge: jax.Array) -> jax.Array:
@@ -249,7 +249,7 @@ def sample(
     shape: tuple[int, ...],
     sampling: Sampling,
 ) -> jax.Array:
-    """Draws samples: noise at first, and at each step as much of it as belongs to the next one; one compiled loop.
+    """Draw samples: noise at first, and at each step as much of it as belongs to the next one; one compiled loop.
 
     Args:
       process: that the model was trained for.

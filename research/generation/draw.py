@@ -21,7 +21,7 @@ SHOWN = 10  # classes, where nobody says which
 
 
 def experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
-    """Returns the objects of a config, without a look at its training data."""
+    """Return the objects of a config, without a look at its training data."""
     if config.get("derived"):
         return Experiment(config, workdir=workdir)
     config = ConfigDict(config.to_dict())
@@ -35,7 +35,7 @@ def experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
 
 
 def classes(task: Diffusion, prompt: str) -> list[int]:
-    """Returns the class of each image that is asked for.
+    """Return the class of each image that is asked for.
 
     Args:
       task: what draws.
@@ -59,7 +59,7 @@ def classes(task: Diffusion, prompt: str) -> list[int]:
 
 
 def target(task: Diffusion, output: str, workdir: pathlib.Path) -> pathlib.Path:
-    """Returns where images go: `output`, or for "-" a file in figures/ of the run.
+    """Return where images go: `output`, or for "-" a file in figures/ of the run.
 
     Raises:
       UserError: it can be no PNG file, no folder and no .npz file, or what is drawn is no picture, but latents.
@@ -78,7 +78,7 @@ def target(task: Diffusion, output: str, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def write(experiment: Experiment, task: Diffusion, params: Params, labels: Sequence[int], path: pathlib.Path) -> None:
-    """Draws images of classes.
+    """Draw images of classes.
 
     Args:
       experiment: of the run; its seed makes images repeatable.

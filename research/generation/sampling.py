@@ -36,7 +36,7 @@ def generate(
     rng: jax.Array | None = None,
     rows_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the tokens int32 [B, N] that follow prompts, or that an encoder-decoder makes of its inputs. Pure.
+    """Return the tokens int32 [B, N] that follow prompts, or that an encoder-decoder makes of its inputs. Pure.
 
     Args:
       model: a decoder such as `gpt.Decoder`, or an encoder-decoder, which has a method `encode`.
@@ -89,7 +89,7 @@ class Sampler:
     pad_id: int
 
     def start(self, params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the first tokens int32 [B], and what `step` needs; `keys_B` are those of `row_keys`."""
+        """Return the first tokens int32 [B], and what `step` needs; `keys_B` are those of `row_keys`."""
         logits_BxV, state = prefill(self.model, params, batch, self.decoding, self.pad_id)
         carry = {"state": state, "keys": keys_B, "count": jnp.int32(0)}
         carry["finished"] = jnp.zeros(len(logits_BxV), bool)
@@ -100,7 +100,7 @@ class Sampler:
         return self._choose(logits_BxV, carry)
 
     def step(self, params: Params, token_B: jax.Array, carry: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the tokens int32 [B] that follow `token_B`, and what the next step needs."""
+        """Return the tokens int32 [B] that follow `token_B`, and what the next step needs."""
         logits_BxV, state = advance(self.model, params, carry["state"], token_B)
         return self._choose(logits_BxV, carry | {"state": state})
 
@@ -124,12 +124,12 @@ class Sampler:
 
 
 def row_keys(rng: jax.Array | None, rows_B: jax.Array) -> jax.Array:
-    """Returns a key for each row, a function of `rng` and the row's number."""
+    """Return a key for each row, a function of `rng` and the row's number."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if rng is None else rng, rows_B)
 
 
 def warp(logits_BxV: jax.Array, decoding: Decoding) -> jax.Array:
-    """Returns the logits to draw from: by temperature, then top-k, top-p and min-p; -inf where a token is left out."""
+    """Return the logits to draw from: by temperature, then top-k, top-p and min-p; -inf where a token is left out."""
     logits_BxV = logits_BxV / decoding.temperature
     if decoding.top_k:
         logits_BxV = keep_top_k(logits_BxV, decoding.top_k)
@@ -139,13 +139,13 @@ def warp(logits_BxV: jax.Array, decoding: Decoding) -> jax.Array:
 
 
 def keep_top_k(logits_BxV: jax.Array, k: int) -> jax.Array:
-    """Puts -inf in place of logits that are less than the k-th largest."""
+    """Put -inf in place of logits that are less than the k-th largest."""
     largest_BxK, _ = jax.lax.top_k(logits_BxV, min(k, logits_BxV.shape[-1]))
     return jnp.where(logits_BxV < largest_BxK[:, -1:], -jnp.inf, logits_BxV)
 
 
 def keep_top_p(logits_BxV: jax.Array, p: float) -> jax.Array:
-    """Puts -inf in place of the least likely tokens that have a share of at most 1 - p together; one always stays."""
+    """Put -inf in place of the least likely tokens that have a share of at most 1 - p together; one always stays."""
     ascending_BxV = jnp.sort(logits_BxV, axis=-1)
     kept_BxV = jnp.cumsum(jax.nn.softmax(ascending_BxV), axis=-1) > 1 - p
     kept_BxV = kept_BxV.at[:, -1].set(True)
@@ -154,7 +154,7 @@ def keep_top_p(logits_BxV: jax.Array, p: float) -> jax.Array:
 
 
 def keep_min_p(logits_BxV: jax.Array, p: float) -> jax.Array:
-    """Puts -inf in place of tokens that have less than the share p of the likeliest one's probability."""
+    """Put -inf in place of tokens that have less than the share p of the likeliest one's probability."""
     probabilities_BxV = jax.nn.softmax(logits_BxV)
     least_Bx1 = p * probabilities_BxV.max(axis=-1, keepdims=True)
     return jnp.where(probabilities_BxV < least_Bx1, -jnp.inf, logits_BxV)
@@ -170,7 +170,7 @@ class Stream:
         self._step = jax.jit(self._sampler.step, donate_argnums=2)
 
     def __call__(self, prompt: Sequence[int], rng: jax.Array, row: int = 0) -> Iterator[int]:
-        """Yields the tokens that `generate` returns for this prompt and row, without the end token."""
+        """Yield the tokens that `generate` returns for this prompt and row, without the end token."""
         batch = pad([prompt], self._sampler.pad_id)
         token, carry = self._start(self._params, batch, row_keys(rng, jnp.array([row])))
         for i in range(self._sampler.decoding.max_new_tokens):

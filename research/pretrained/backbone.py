@@ -18,7 +18,7 @@ _LEFT = r"(fc|classifier\.1)\.(weight|bias)|.*\.num_batches_tracked"  # the clas
 
 
 def load_backbone(path: str, model: nn.Module, params_shape: Any) -> tuple[Any, Report]:
-    """Reads the weights of an image classifier into the backbone of a detector; all else begins anew.
+    """Read the weights of an image classifier into the backbone of a detector; all else begins anew.
 
     Args:
       path: a folder with a ResNet as Transformers writes it, hf://microsoft/resnet-50, or as timm and torchvision name

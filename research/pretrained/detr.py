@@ -29,7 +29,7 @@ _POINTWISE = Layout(lambda x: [x[:, :, 0, 0].T], lambda x: x.T[:, :, np.newaxis,
 
 
 def _backbone(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of the backbone that config.json describes, or raises UserError for any other network."""
+    """Return the fields of the backbone that config.json describes, or raise UserError for any other network."""
     own = config.get("backbone_config") or {}
     timm = config.get("use_timm_backbone", True) if not own else own.get("model_type") == "timm_backbone"
     if timm:
@@ -125,7 +125,7 @@ def _complete(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rename(name: str) -> str:
-    """Returns Transformers' name of a tensor of its own ResNet for timm's name of it."""
+    """Return Transformers' name of a tensor of its own ResNet for timm's name of it."""
     kinds = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
     changes: dict[str, Callable[[re.Match[str]], str]] = {
         r"(?<=conv_encoder\.model\.)(conv|bn)1\.": lambda m: f"embedder.embedder.{kinds[m[1]]}.",

@@ -16,7 +16,7 @@ _GATED = Key("use_swiglu_ffn", False)
 
 
 def _mlp_size(ratio: float, hidden: int, gated: bool) -> int:
-    """Returns an MLP's width; a gated one has two thirds of a plain one's, rounded up to a multiple of 8."""
+    """Return an MLP's width; a gated one has two thirds of a plain one's, rounded up to a multiple of 8."""
     size = int(hidden * ratio)
     return (int(size * 2 / 3) + 7) // 8 * 8 if gated else size
 
@@ -30,7 +30,7 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 
 def _more(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the MLP's ratio, which Transformers wants whole, and that there is no token for masked patches."""
+    """Return the MLP's ratio, which Transformers wants whole, and that there is no token for masked patches."""
     ratio = fields["intermediate_size"] / fields["hidden_size"] * (1.5 if fields["gated"] else 1)
     return {"mlp_ratio": round(ratio), "use_mask_token": False}
 

@@ -34,7 +34,7 @@ class Key:
     free: bool = False
 
     def read(self, config: Mapping[str, Any]) -> Any:
-        """Returns the value that `config` gives the field, or raises UserError where it is null without a fallback."""
+        """Return the value that `config` gives the field, or raise UserError where it is null without a fallback."""
         if self.fallback and config.get(self.name) is None:
             value = config.get(self.fallback)
             return self.default if value is None else value
@@ -44,7 +44,7 @@ class Key:
         return value
 
     def write(self, value: Any) -> dict[str, Any]:
-        """Returns what config.json holds for a field of this value."""
+        """Return what config.json holds for a field of this value."""
         return {self.name: value}
 
 
@@ -64,7 +64,7 @@ class Computed:
 
 
 def head_width(config: Mapping[str, Any], hidden_size: Key, num_heads: Key) -> int:
-    """Returns the width of a head that is its share of the hidden states'; raises UserError where it is not whole."""
+    """Return the width of a head that is its share of the hidden states'; raise UserError where it is not whole."""
     hidden, heads = hidden_size.read(config), num_heads.read(config)
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0):
         raise UserError(
@@ -102,11 +102,11 @@ class Kind:
     same_head: Sequence[str] = ()
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the fields of the model that `config` describes."""
+        """Return the fields of the model that `config` describes."""
         return {field: key.read(config) for field, key in self.keys.items()} | dict(self.constants)
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the keys of config.json for a model of these fields, or raises UserError if the family lacks it.
+        """Return the keys of config.json for a model of these fields, or raise UserError if the family lacks it.
 
         Of two fields that share a key the later in `keys` is written; only free ones may then differ.
         """
@@ -120,23 +120,23 @@ class Kind:
         return config
 
     def build(self, fields: Mapping[str, Any]) -> nn.Module:
-        """Returns the model with these fields; raises UserError for a value of the wrong type."""
+        """Return the model with these fields; raise UserError for a value of the wrong type."""
         parts = {name: part(**self._own(part, fields)) for name, part in self.parts.items()}
         return self.model(**self._own(self.model, fields), **parts)
 
     def fields(self, model: nn.Module) -> dict[str, Any]:
-        """Returns the fields that `build` makes `model` from."""
+        """Return the fields that `build` makes `model` from."""
         fields = {name: getattr(model, name) for name in _types(self.model) if name not in self.parts}
         for name, part in self.parts.items():
             fields |= {field: getattr(getattr(model, name), field) for field in _types(part)}
         return self.complete(fields)
 
     def matches(self, model: nn.Module) -> bool:
-        """Says whether `model` is made of this kind's classes."""
+        """Say whether `model` is made of this kind's classes."""
         return type(model) is self.model and all(type(getattr(model, name)) is t for name, t in self.parts.items())
 
     def overridable(self) -> set[str]:
-        """Returns the fields that may differ from the checkpoint's: the free ones, and those it says nothing about."""
+        """Return the fields that may differ from the checkpoint's: the free ones, and those it says nothing about."""
         names = {name for part in (self.model, *self.parts.values()) for name in _types(part)} - set(self.parts)
         fixed = {field for field, key in self.keys.items() if not key.free} | set(self.constants)
         return names - fixed
@@ -199,7 +199,7 @@ class Tensor:
         return re.escape(self.theirs).replace(r"\{\}", f"({'|'.join(self.numbers)})" if self.numbers else r"\d+")
 
     def holds(self, paths: Container[str]) -> bool:
-        """Says whether the line is about a model of parameters at these paths."""
+        """Say whether the line is about a model of parameters at these paths."""
         needed = (*self.ours, self.beside) if self.beside else self.ours
         return all(path in paths for path in needed) and not (self.unless and self.unless in paths)
 
@@ -250,30 +250,30 @@ class Family:
     diffusers: tuple[str, ...] = ()
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Raises UserError if `config` asks for what we do not implement."""
+        """Raise UserError if `config` asks for what we do not implement."""
         for key, value in self.only.items():
             if config.get(key, value) not in (value, None):
                 raise UserError(f"config.json has {key}={config[key]!r}, of which only {value!r} is implemented")
 
     def table(self, kind: Kind, paths: Container[str]) -> list[Tensor]:
-        """Returns the lines of the table of names for a model of that kind and of parameters at these paths."""
+        """Return the lines of the table of names for a model of that kind and of parameters at these paths."""
         return [tensor for tensor in (*self.tensors, *kind.tensors) if tensor.holds(paths)]
 
     def names(self) -> list[str]:
-        """Returns regular expressions of the names of all tensors that files of the family may hold."""
+        """Return regular expressions of the names of all tensors that files of the family may hold."""
         return [*self.leftovers(), *(tensor.pattern for tensor in self.tensors)]
 
     def leftovers(self) -> list[str]:
-        """Returns regular expressions of the names that may be left unread: `unused`, and what only some kinds have."""
+        """Return regular expressions of the names that may be left unread: `unused`, and what only some kinds have."""
         return [*self.unused, *(tensor.pattern for kind in self.kinds.values() for tensor in kind.tensors)]
 
     def kind_of(self, model: nn.Module) -> Kind | None:
-        """Returns the kind that `model` is of, if any."""
+        """Return the kind that `model` is of, if any."""
         return next((kind for kind in self.kinds.values() if kind.matches(model)), None)
 
 
 def override(kind: Kind, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `fields` with `overrides`, or raises UserError for one that is misspelt or that the weights fix."""
+    """Return `fields` with `overrides`, or raise UserError for one that is misspelt or that the weights fix."""
     for name in overrides:
         if name not in kind.overridable():
             fixed = "is fixed by the pretrained weights" if name in fields else "is not an option"

@@ -17,7 +17,7 @@ _ABOVE_ONE = Layout(lambda x: [np.asarray(x, np.float32) + 1], lambda x: x - 1)
 
 
 def _activation(config: Mapping[str, Any]) -> str:
-    """Returns the gate's activation: the first files say "gelu" and mean its approximation by tanh."""
+    """Return the gate's activation: the first files say "gelu" and mean its approximation by tanh."""
     named = [config[key] for key in ("hidden_act", "hidden_activation") if config.get(key)] or ["gelu"]
     meant = ["gelu_pytorch_tanh" if name == "gelu" else name for name in named]
     if len(set(meant)) > 1:

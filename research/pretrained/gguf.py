@@ -54,7 +54,7 @@ _TENSORS = {
 
 
 def config(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what a Llama's config.json would say of the model in a file.
+    """Return what a Llama's config.json would say of the model in a file.
 
     Raises:
       UserError: the file is damaged, of another architecture, or asks for what is not implemented.
@@ -93,7 +93,7 @@ def config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def tensors(path: pathlib.Path) -> dict[str, Stored]:
-    """Returns the tensors in a file by the names that a Llama's have in a Hugging Face folder, unread.
+    """Return the tensors in a file by the names that a Llama's have in a Hugging Face folder, unread.
 
     Read, they are float32. Queries and keys are put in the order of Hugging Face's rotary positions, which turn a
     dimension of a head's first half with its fellow of the second; llama.cpp keeps the two side by side.
@@ -121,7 +121,7 @@ def tensors(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def _check(path: pathlib.Path, options: dict[str, Any], names: set[str]) -> None:
-    """Raises UserError if a file lacks an option, or has one that is not implemented."""
+    """Raise UserError if a file lacks an option, or has one that is not implemented."""
     lost = [name for name in _NEEDED if name not in options]
     if lost:
         raise UserError(f"{path} does not say llama.{lost[0]}")
@@ -139,6 +139,6 @@ def _check(path: pathlib.Path, options: dict[str, Any], names: set[str]) -> None
 
 
 def _halves(array: np.ndarray, heads: int) -> np.ndarray:
-    """Puts the even rows of every head first and its odd rows second."""
+    """Put the even rows of every head first and its odd rows second."""
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -15,7 +15,7 @@ _FUSED = Layout(lambda x: np.split(x, 3, axis=-1), lambda *ours: np.concatenate(
 
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a decoder with the number and width of its heads written out."""
+    """Return the fields of a decoder with the number and width of its heads written out."""
     heads = fields["num_heads"]
     return fields | {
         "num_kv_heads": fields["num_kv_heads"] or heads,

@@ -49,7 +49,7 @@ class Report:
 
 
 def sequence_classifier(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
-    """Returns the sequence classifier that a folder's config.json describes; its weights are not read.
+    """Return the sequence classifier that a folder's config.json describes; its weights are not read.
 
     Args:
       path: a Hugging Face folder, in any form that `assets.resolve` takes.
@@ -63,27 +63,27 @@ def sequence_classifier(path: str, num_outputs: int | None = None, **overrides: 
 
 
 def token_classifier(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
-    """Returns the token classifier that a folder's config.json describes; see `sequence_classifier`."""
+    """Return the token classifier that a folder's config.json describes; see `sequence_classifier`."""
     return _classifier(path, "token_classifier", num_outputs, overrides)
 
 
 def detector(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
-    """Returns the detector that a folder's config.json describes; see `sequence_classifier`."""
+    """Return the detector that a folder's config.json describes; see `sequence_classifier`."""
     return _classifier(path, "detector", num_outputs, overrides)
 
 
 def image_classifier(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
-    """Returns the image classifier that a folder or an ONNX file describes; see `sequence_classifier`."""
+    """Return the image classifier that a folder or an ONNX file describes; see `sequence_classifier`."""
     return _classifier(path, "image_classifier", num_outputs, overrides)
 
 
 def distilled_image_classifier(path: str, num_outputs: int | None = None, **overrides: Any) -> nn.Module:
-    """Returns the image classifier with a distillation token that a folder's config.json describes."""
+    """Return the image classifier with a distillation token that a folder's config.json describes."""
     return _classifier(path, "distilled_image_classifier", num_outputs, overrides)
 
 
 def load_model(path: str, kind: str, **fields: Any) -> nn.Module:
-    """Returns the model of that kind that a folder's config.json, or a file, describes, with `fields` replaced."""
+    """Return the model of that kind that a folder's config.json, or a file, describes, with `fields` replaced."""
     config = _read_config(assets.resolve(path))
     family = _family(config)
     family.check(config)
@@ -102,7 +102,7 @@ def _classifier(path: str, kind: str, num_outputs: int | None, overrides: Mappin
 
 
 def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: bool = False) -> tuple[Any, Report]:
-    """Reads a folder's weights into the layout of `model.init`.
+    """Read a folder's weights into the layout of `model.init`.
 
     Args:
       path: a Hugging Face folder, a GGUF file or an ONNX file, in any form that `assets.resolve` takes.
@@ -152,7 +152,7 @@ def save(
     config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> pathlib.Path:
-    """Writes a folder that from_pretrained loads: that of `transformers`, or of `diffusers` for a family of its own.
+    """Write a folder that from_pretrained loads: that of `transformers`, or of `diffusers` for a family of its own.
 
     Args:
       folder: the folder to write, which must not exist yet or be empty. It appears whole or not at all.
@@ -215,12 +215,12 @@ def _families() -> dict[str, Family]:
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
-    """Returns what a folder is known by; those of Diffusers say the name of a class."""
+    """Return what a folder is known by; those of Diffusers say the name of a class."""
     return str(config.get("model_type", config.get("_class_name")))
 
 
 def _identity(model_type: str, family: Family, kind: Kind) -> dict[str, Any]:
-    """Returns the keys of config.json that say what a folder is."""
+    """Return the keys of config.json that say what a folder is."""
     if family.diffusers:
         return {"_class_name": kind.architecture}
     return {
@@ -244,7 +244,7 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 
 def _family_of_model(model: nn.Module) -> tuple[str, Family, Kind]:
-    """Returns the first family whose config.json can say all that matters of `model`."""
+    """Return the first family whose config.json can say all that matters of `model`."""
     reasons = []
     for name, family in _families().items():
         kind = family.kind_of(model)
@@ -260,7 +260,7 @@ def _family_of_model(model: nn.Module) -> tuple[str, Family, Kind]:
 
 
 def _num_labels(config: Mapping[str, Any]) -> int | None:
-    """Returns the number of a checkpoint's labels; Transformers leaves out that of a classifier of two."""
+    """Return the number of a checkpoint's labels; Transformers leaves out that of a classifier of two."""
     if config.get("id2label"):
         return len(config["id2label"])
     classifier = any(name.endswith(_CLASSIFIERS) for name in config.get("architectures") or ())
@@ -297,7 +297,7 @@ def _check_head(
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, Stored],
 ) -> None:
-    """Raises UserError if the checkpoint's head is another task's, or has another number of outputs."""
+    """Raise UserError if the checkpoint's head is another task's, or has another number of outputs."""
     wanted = {name: shape for name, shape in _names(tensors, shapes, parts=("head",)).items() if name in stored}
     architecture = next(iter(config.get("architectures") or ()), kind.architecture)
     drop = "new_head=True begins a new one"
@@ -310,7 +310,7 @@ def _check_head(
 
 
 def _canonical(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
-    """Renames tensors to what the family's table calls them: with the prefix, and weight and bias in norms."""
+    """Rename tensors to what the family's table calls them: with the prefix, and weight and bias in norms."""
     known = re.compile("|".join(family.names()))
     result: dict[str, Stored] = {}
     for stored_name, tensor in stored.items():
@@ -325,7 +325,7 @@ def _canonical(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored
 
 
 def _expand(tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, list[tuple[int, ...]], Any]]:
-    """Yields for each array of theirs in a line of the table: its name, the shapes of ours in it, and their index."""
+    """Yield for each array of theirs in a line of the table: its name, the shapes of ours in it, and their index."""
     ours = [shapes[path] for path in tensor.ours]
     if "{}" not in tensor.theirs:
         yield tensor.theirs, ours, ...
@@ -341,7 +341,7 @@ def _expand(tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[t
 def _names(
     tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]], parts: Sequence[str] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of theirs that parameters of these shapes stand in."""
+    """Return the names and shapes of theirs that parameters of these shapes stand in."""
     result = {}
     for tensor in tensors:
         if parts is None or tensor.part in parts:
@@ -359,7 +359,7 @@ def _assign(
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, Stored],
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    """Returns our arrays by path, the paths that stay new, and the names that stay unread."""
+    """Return our arrays by path, the paths that stay new, and the names that stay unread."""
     _check_named(shapes, tensors)
     expected = _names(tensors, shapes)
     absent = {
@@ -387,7 +387,7 @@ def _assign(
 def _check_complete(
     path: str, needed: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], unused: Sequence[str]
 ) -> None:
-    """Raises UserError naming the tensors that are missing, unknown, of the wrong shape or not floating."""
+    """Raise UserError naming the tensors that are missing, unknown, of the wrong shape or not floating."""
     both = [name for name in needed if name in stored]
     problems = {
         "missing": [name for name in needed if name not in stored],
@@ -405,7 +405,7 @@ def _check_complete(
 
 
 def _check_copies(path: str, family: Family, stored: Mapping[str, Stored], unused: Sequence[str]) -> None:
-    """Raises UserError if a tensor is left unread that is no copy of the one that stands in for it."""
+    """Raise UserError if a tensor is left unread that is no copy of the one that stands in for it."""
     for name in set(unused) & set(family.copies):
         other = family.copies[name]
         if not np.array_equal(stored[name].read(), stored[other].read()):
@@ -413,7 +413,7 @@ def _check_copies(path: str, family: Family, stored: Mapping[str, Stored], unuse
 
 
 def _check_shared(path: str, names: Sequence[str], stored: Mapping[str, Stored]) -> None:
-    """Raises UserError if the layers do not hold the same array."""
+    """Raise UserError if the layers do not hold the same array."""
     first = stored[names[0]].read()
     for name in names[1:]:
         if not np.array_equal(stored[name].read(), first):

@@ -17,7 +17,7 @@ _SCALINGS = {
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """Returns the base of the rotary wavelengths, which Transformers 5 keeps among the parameters below."""
+    """Return the base of the rotary wavelengths, which Transformers 5 keeps among the parameters below."""
     theta = _rope_parameters(config).get("rope_theta")
     if theta is None:
         theta = config.get("rope_theta")
@@ -25,7 +25,7 @@ def rope_theta(config: Mapping[str, Any]) -> float:
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns how rotary wavelengths are stretched, as `layers.rotary_angles` takes it.
+    """Return how rotary wavelengths are stretched, as `layers.rotary_angles` takes it.
 
     Transformers 4 keeps it in `rope_scaling`, under "type" at first, Transformers 5 in `rope_parameters`.
     """
@@ -47,7 +47,7 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def head_width(config: Mapping[str, Any]) -> int:
-    """Returns the width of a head, which need not be a share of the hidden states'."""
+    """Return the width of a head, which need not be a share of the hidden states'."""
     if config.get("head_dim") is not None:
         return config["head_dim"]
     return family.head_width(config, HIDDEN, HEADS)

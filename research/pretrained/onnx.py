@@ -22,12 +22,12 @@ _POSITIONS = "embeddings.position_embeddings"
 
 
 def is_file(path: pathlib.Path) -> bool:
-    """Says whether `path` is a file of this format, by its name."""
+    """Say whether `path` is a file of this format, by its name."""
     return path.suffix == ".onnx" and path.is_file()
 
 
 def config(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what a DINOv2's config.json would say of the encoder in a file.
+    """Return what a DINOv2's config.json would say of the encoder in a file.
 
     Raises:
       UserError: the file is damaged, or holds something else.
@@ -57,7 +57,7 @@ def config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def tensors(path: pathlib.Path) -> dict[str, Stored]:
-    """Returns the encoder's tensors in a file by the names that they have in a Hugging Face folder, unread.
+    """Return the encoder's tensors in a file by the names that they have in a Hugging Face folder, unread.
 
     The exporter keeps the names of parameters, but for those that it computes with beforehand: matrices, which it
     transposes, and the table of positions, which it cuts in two. These are known by the node that takes them.
@@ -66,7 +66,7 @@ def tensors(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def _encoder(path: pathlib.Path, graph: onnx.GraphProto) -> tuple[str, dict[str, Stored]]:
-    """Returns what the names of the encoder's tensors begin with, and the tensors by the rest of their names."""
+    """Return what the names of the encoder's tensors begin with, and the tensors by the rest of their names."""
     held = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:  # equal tensors are stored once
         if node.op_type == "Identity" and node.input[0] in held:
@@ -91,7 +91,7 @@ def _encoder(path: pathlib.Path, graph: onnx.GraphProto) -> tuple[str, dict[str,
 
 
 def _stored(parts: list[onnx.TensorProto], transpose: bool = False) -> Stored:
-    """Returns tensors that stand one after another on the second axis, or one."""
+    """Return tensors that stand one after another on the second axis, or one."""
     shapes = [tuple(part.dims) for part in parts]
     shape = shapes[0] if len(parts) == 1 else (shapes[0][0], sum(shape[1] for shape in shapes), *shapes[0][2:])
 
@@ -105,7 +105,7 @@ def _stored(parts: list[onnx.TensorProto], transpose: bool = False) -> Stored:
 
 
 def _head_width(path: pathlib.Path, graph: onnx.GraphProto, module: str) -> int:
-    """Returns the last number of the first shape that attention reshapes to: [..., heads, width]."""
+    """Return the last number of the first shape that attention reshapes to: [..., heads, width]."""
     constants, makers = _constants(graph), {name: node for node in graph.node for name in node.output}
     node = next((n for n in graph.node if n.op_type == "Reshape" and _module(n).startswith(module)), None)
     name = node.input[1] if node else ""
@@ -117,7 +117,7 @@ def _head_width(path: pathlib.Path, graph: onnx.GraphProto, module: str) -> int:
 
 
 def _epsilon(path: pathlib.Path, graph: onnx.GraphProto, module: str) -> float:
-    """Returns what a layer normalisation adds to the variance, be it one node or several."""
+    """Return what a layer normalisation adds to the variance, be it one node or several."""
     constants = _constants(graph)
     for node in graph.node:
         if _module(node) != module:
@@ -139,7 +139,7 @@ def _activation(path: pathlib.Path, graph: onnx.GraphProto, module: str) -> str:
 
 
 def _shortest(value: float) -> float:
-    """Returns the shortest decimal that a number of 32 bits can stand for."""
+    """Return the shortest decimal that a number of 32 bits can stand for."""
     return float(str(np.float32(value)))
 
 
@@ -149,7 +149,7 @@ def _constants(graph: onnx.GraphProto) -> Mapping[str, np.ndarray]:
 
 
 def _module(node: onnx.NodeProto) -> str:
-    """Returns the module that a node is of: "encoder.layer.0.mlp.fc1" of "/encoder/layer.0/mlp/fc1/MatMul"."""
+    """Return the module that a node is of: "encoder.layer.0.mlp.fc1" of "/encoder/layer.0/mlp/fc1/MatMul"."""
     return ".".join(node.name.strip("/").split("/")[:-1])
 
 

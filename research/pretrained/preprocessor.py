@@ -13,7 +13,7 @@ _FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 def describe(ops: Sequence[Any], shape: Sequence[int]) -> dict[str, Any] | None:
-    """Returns what the file holds; None where the ops do not normalise images.
+    """Return what the file holds; None where the ops do not normalise images.
 
     Args:
       ops: of a dataset whose images are not augmented; known are `Resize`, `CenterCrop` and `Normalize`, and of
@@ -45,7 +45,7 @@ def describe(ops: Sequence[Any], shape: Sequence[int]) -> dict[str, Any] | None:
 
 
 def _detector(ops: Sequence[Any], shape: Sequence[int]) -> dict[str, Any]:
-    """Returns what the file of a detector says otherwise: images keep their shape and are padded."""
+    """Return what the file of a detector says otherwise: images keep their shape and are padded."""
     resize = next((op for op in ops if isinstance(op, boxes.Resize)), None)
     keys = {"image_processor_type": "DetrImageProcessor", "do_pad": True, "pad_size": _size(shape)}
     if resize is None:
@@ -59,5 +59,5 @@ def _size(size: Sequence[int]) -> dict[str, int]:
 
 
 def _each(numbers: np.ndarray, channels: int) -> list[float]:
-    """Returns a number for each channel, as the shortest decimals that 32 bits can stand for."""
+    """Return a number for each channel, as the shortest decimals that 32 bits can stand for."""
     return [float(str(number)) for number in np.broadcast_to(numbers, (channels,))]

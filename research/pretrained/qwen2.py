@@ -11,7 +11,7 @@ from research.pretrained.llama import CONSTANTS, COPIES, HEADS, KEYS, ONLY, UNUS
 
 
 def sliding_window(config: Mapping[str, Any]) -> int | None:
-    """Returns how far attention reaches, which must be the same in all layers; None for as far as it goes."""
+    """Return how far attention reaches, which must be the same in all layers; None for as far as it goes."""
     window, layers = config.get("sliding_window", 4096), KEYS["num_layers"].read(config)
     if not config.get("use_sliding_window", False):
         window = None

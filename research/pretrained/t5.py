@@ -11,7 +11,7 @@ _DROPOUT = Key("dropout_rate", 0.1, free=True)
 
 
 def _scaled(config: Mapping[str, Any]) -> bool:
-    """Returns whether hidden states are scaled before the output layer, which is when that is the word table.
+    """Return whether hidden states are scaled before the output layer, which is when that is the word table.
 
     Transformers 4 says so by tie_word_embeddings; 5 always writes that as true, and says so by scale_decoder_outputs.
     """

@@ -50,7 +50,7 @@ class _Refused(Exception):
 
 
 def read(path: pathlib.Path) -> dict[str, Stored]:
-    """Returns the tensors of a state dict that `torch.save` wrote, by name.
+    """Return the tensors of a state dict that `torch.save` wrote, by name.
 
     Raises:
       UserError: the file is in the older format, is damaged, or holds anything but tensors.

@@ -104,7 +104,7 @@ class _MAEFamily(Family):
     """A family whose files hold tables that depend on the model's fields."""
 
     def kind_of(self, model: nn.Module) -> Kind | None:
-        """Returns the kind that `model` is of, if any, with the lines about its tables."""
+        """Return the kind that `model` is of, if any, with the lines about its tables."""
         kind = super().kind_of(model)
         return kind and dataclasses.replace(kind, tensors=[*kind.tensors, *_tables(kind, model)])
 

@@ -20,7 +20,7 @@ STEMS = ("model", "diffusion_pytorch_model")  # of Transformers' files and of Di
 
 
 def read(folder: pathlib.Path) -> dict[str, Stored]:
-    """Returns the tensors in a folder by name, unread: the first of safetensors, pytorch_model.bin that is there.
+    """Return the tensors in a folder by name, unread: the first of safetensors, pytorch_model.bin that is there.
 
     Raises:
       UserError: there is neither, or a shard that the index names is missing, or a file is damaged.
@@ -42,12 +42,12 @@ def read(folder: pathlib.Path) -> dict[str, Stored]:
 
 
 def read_file(path: pathlib.Path) -> dict[str, Stored]:
-    """Returns the tensors in one file by name, unread; raises UserError where it is damaged or of another format."""
+    """Return the tensors in one file by name, unread; raise UserError where it is damaged or of another format."""
     return _read_safetensors(path) if path.suffix == ".safetensors" else torch_zip.read(path)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, or raises UserError."""
+    """Return the object in a JSON file, or raise UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -85,7 +85,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int, stem: str = STEMS[0]) -> None:
-    """Writes tensors as safetensors: one file, or shards of at most `max_shard_bytes` and their index."""
+    """Write tensors as safetensors: one file, or shards of at most `max_shard_bytes` and their index."""
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda array: array.nbytes,

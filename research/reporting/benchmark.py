@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(command: Sequence[object], threads: int) -> dict[str, Any]:
-    """Runs a program, bound to the first `threads` cores, and returns the JSON object in the last line that it prints.
+    """Run a program, bound to the first `threads` cores, and return the JSON object in the last line that it prints.
 
     Memory is kept between steps, as `allocator.keep` does for this project's runs, whatever the program.
     `start`, in ISO 8601, is added to it.
@@ -52,7 +52,7 @@ def record(
     result: Mapping[str, Any],
     rows: Sequence[Mapping[str, float]] = (),
 ) -> None:
-    """Writes a folder that `research.report --record` takes for a run's.
+    """Write a folder that `research.report --record` takes for a run's.
 
     Args:
       folder: where to write; it is made.
@@ -79,7 +79,7 @@ def record(
 
 
 def alternate(measure: Callable[[str, int], float], sides: Sequence[str], rounds: int, unit: str) -> None:
-    """Measures two sides in turns, and prints the speeds of every round and their ratio, and the median of all.
+    """Measure two sides in turns, and prints the speeds of every round and their ratio, and the median of all.
 
     Args:
       measure: of a side and the number of the round, returns a speed.
@@ -97,12 +97,12 @@ def alternate(measure: Callable[[str, int], float], sides: Sequence[str], rounds
 
 
 def summary(ratios: Sequence[float]) -> str:
-    """Returns a line on the ratios of all rounds."""
+    """Return a line on the ratios of all rounds."""
     return f"median ratio: {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def exit_with(main: Callable[[], None]) -> NoReturn:
-    """Runs a benchmark script; a mistake of the user's is a line and status 2."""
+    """Run a benchmark script; a mistake of the user's is a line and status 2."""
     try:
         main()
     except UserError as error:

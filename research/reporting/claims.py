@@ -1,4 +1,4 @@
-"""Claims of experiments: what claim.toml says, and the verdict that runs give."""
+"""Claims of experiments: parsing claim.toml, and judging a claim by its runs."""
 
 import dataclasses
 import operator
@@ -15,23 +15,20 @@ from research.reporting import runs
 from research.reporting.runs import Run
 
 PUBLISHED = "published"
-
-
 COMPARISONS = {"at_least": operator.ge, "at_most": operator.le}
-
 
 Arms = Mapping[str, Sequence[Run]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A number that somebody else reported, or that stands for doing without the claim.
+    """A number reported elsewhere, or another fixed bar to compare with.
 
     Attributes:
-      value: in the metric's own unit: an accuracy of 86 % is 0.86.
-      what: what it is: which table, which seeds.
-      checked: whether it was compared with its source by whoever wrote it down here.
-      name: what sentences call it.
+      value: in the metric's unit; an accuracy of 86 % is 0.86.
+      what: where it comes from: the table, the seeds.
+      checked: whether it was verified at its source.
+      name: what generated sentences call it.
     """
 
     value: float
@@ -42,16 +39,16 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What makes the claim true, about the means over an arm's runs.
+    """The condition under which a claim holds, on means over the runs of an arm.
 
     Attributes:
       kind: at_least: arm >= against - tolerance; at_most: arm <= against + tolerance; within: they differ by at most
         the tolerance; ratio: the median of arm / against, over the runs of the same name, is >= minimum.
       arm: the name of an arm.
       against: the name of another arm, or "published".
-      tolerance: in the metric's own unit.
-      minimum: of a ratio.
-      why: why these numbers, and what they can tell apart.
+      why: the reason for these numbers, and the difference they can resolve.
+      tolerance: in the metric's unit.
+      minimum: the least ratio.
     """
 
     kind: Literal["at_least", "at_most", "within", "ratio"]
@@ -64,23 +61,24 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What claim.toml says.
+    """The contents of claim.toml.
 
     Attributes:
-      title: of the page.
-      claim: in one sentence, with its number.
-      source: of the claim: a paper and its table, or how the bar was set.
-      metric: the name of a final metric or of another number of result.json.
-      arms: name of a folder below runs/ -> what to call it.
-      rule: what makes the claim true.
-      runs_per_arm: how many runs an arm needs; fewer is "not run".
-      hardware: what the runs ran on.
-      commands: what to type to run it all again.
-      reduced: how the original was made smaller; empty where it was not.
-      published: the number reported at the source, where there is one.
-      notes: whatever else a reader should know.
+      title: the title of the page.
+      claim: one sentence, with the number.
+      source: a paper and its table, or how the bar was set.
+      metric: a final metric or another number in result.json.
+      arms: {folder below runs/: display name}.
+      rule: the condition under which the claim holds.
+      runs_per_arm: the runs that each arm needs; with fewer the verdict is "not run".
+      hardware: the hardware of the runs.
+      commands: the commands that reproduce the runs.
+      reduced: how the original was scaled down; empty if it was not.
+      published: the number reported at the source, if any.
+      notes: further remarks.
       also: other numbers to show in the table.
-      curves: metrics to draw over steps; none, no such figure.
+      curves: metrics to plot over steps; if empty, there is no such figure.
+      headline: whether the row also stands in README.md.
     """
 
     title: str
@@ -97,13 +95,14 @@ class Claim:
     notes: str = ""
     also: list[str] = dataclasses.field(default_factory=list)
     curves: list[str] = dataclasses.field(default_factory=list)
+    headline: bool = False
 
 
 def read_claim(path: pathlib.Path) -> Claim:
-    """Reads and checks a claim.toml.
+    """Read and check a claim.toml.
 
     Raises:
-      UserError: it is missing, is not TOML, or a key is missing, misspelt or of the wrong type.
+      UserError: the file is missing or not TOML, or a key is missing, unknown or of the wrong type.
     """
     try:
         with path.open("rb") as file:
@@ -111,7 +110,7 @@ def read_claim(path: pathlib.Path) -> Claim:
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
     except ValueError as error:
-        raise UserError(f"{path} is not TOML ({error})") from None
+        raise UserError(f"{path} is not valid TOML ({error})") from None
     for name, kind in (("rule", Rule), ("published", Published)):
         if isinstance(table.get(name), dict):
             table[name] = _construct(kind, table[name], path, f"{name}.")
@@ -125,16 +124,16 @@ def read_claim(path: pathlib.Path) -> Claim:
             raise UserError(f"{path}: rule.{key}: there is no arm '{arm}'{nearest(arm, allowed)}")
     needed, other = ("minimum", "tolerance") if rule.kind == "ratio" else ("tolerance", "minimum")
     if getattr(rule, needed) is None or getattr(rule, other) is not None:
-        raise UserError(f"{path}: a rule of kind '{rule.kind}' takes a {needed} and no {other}")
+        raise UserError(f"{path}: a rule of kind '{rule.kind}' needs '{needed}' and must not have '{other}'")
     return claim
 
 
 def _construct(kind: Any, table: dict[str, Any], path: pathlib.Path, prefix: str) -> Any:
-    """Builds a dataclass from a TOML table, with every key's name and type checked."""
+    """Build a dataclass from a TOML table and check the name and type of every key."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key, value in table.items():
         if key not in fields:
-            raise UserError(f"{path}: there is no key '{prefix}{key}'{nearest(key, fields)}")
+            raise UserError(f"{path}: unknown key '{prefix}{key}'{nearest(key, fields)}")
         try:
             typeguard.check_type(value, fields[key].type)
         except typeguard.TypeCheckError as error:
@@ -147,7 +146,7 @@ def _construct(kind: Any, table: dict[str, Any], path: pathlib.Path, prefix: str
 
 
 def judge(claim: Claim, arms: Arms) -> tuple[str, str]:
-    """Returns the verdict and the reason for it."""
+    """Return the verdict and the reason for it."""
     for arm, found in arms.items():
         if len(found) < claim.runs_per_arm:
             return "not run", f"{claim.arms[arm]}: {len(found)} of {claim.runs_per_arm} runs are recorded"
@@ -158,7 +157,7 @@ def judge(claim: Claim, arms: Arms) -> tuple[str, str]:
 
 
 def _ratio(claim: Claim, arms: Arms) -> tuple[bool, str]:
-    """Judges a ratio of two arms, run by run, or of an arm to the published number."""
+    """Judge the ratio of two arms, paired by run name, or of an arm to the published number."""
     rule = claim.rule
     above = {run.path.name: run.number(claim.metric) for run in arms[rule.arm]}
     if rule.against == PUBLISHED and claim.published:
@@ -177,7 +176,7 @@ def _ratio(claim: Claim, arms: Arms) -> tuple[bool, str]:
 
 
 def _difference(claim: Claim, arms: Arms) -> tuple[bool, str]:
-    """Judges the difference of two arms' means, or of an arm's mean and the published number."""
+    """Judge the difference of two arms' means, or of an arm's mean and the published number."""
     rule, metric = claim.rule, claim.metric
     ours = mean(arms[rule.arm], metric)
     against = claim.published.value if claim.published and rule.against == PUBLISHED else None
@@ -203,7 +202,7 @@ def mean(found: Sequence[Run], metric: str) -> float:
 
 
 def amount(metric: str, difference: float, sign: str = "") -> str:
-    """Returns a difference, signed where `sign` is "+"; of shares, in points of per cent."""
+    """Format a difference; shares in percentage points. With `sign` "+" it is always signed."""
     return f"{100 * difference:{sign}.2f} points" if runs.is_share(metric) else f"{difference:{sign}.4g}"
 
 

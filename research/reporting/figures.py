@@ -31,14 +31,14 @@ DOTS_PER_INCH = 150
 
 
 def default_metrics(runs: Mapping[str, Rows]) -> list[str]:
-    """Returns the names worth a panel: training loss, learning rate and every evaluation metric."""
+    """Return the names worth a panel: training loss, learning rate and every evaluation metric."""
     names = metric_names(runs)
     evaluations = [name for name in names if "/" in name and not name.startswith("train/")]
     return [name for name in DEFAULT_TRAIN_METRICS if name in names] + evaluations
 
 
 def metric_names(runs: Mapping[str, Rows]) -> list[str]:
-    """Returns every metric that some row of some run holds, in order of first appearance."""
+    """Return every metric that some row of some run holds, in order of first appearance."""
     return list(dict.fromkeys(key for rows in runs.values() for row in rows for key in row if key != "step"))
 
 
@@ -50,7 +50,7 @@ def curves(
     groups: Mapping[str, str] | None = None,
     title: str = "",
 ) -> None:
-    """Draws metrics over steps into the PNG file `path`, runs overlaid.
+    """Draw metrics over steps into the PNG file `path`, runs overlaid.
 
     Metrics that share their last name (train/loss, test/loss) share a panel. A training loss of
     many points is drawn twice: pale as it is, and as a running mean, which the legend names.
@@ -101,7 +101,7 @@ def results(
     reference: tuple[str, float] | None = None,
     title: str = "",
 ) -> None:
-    """Draws one final metric of several arms into the PNG file `path`: each run, mean, deviation.
+    """Draw one final metric of several arms into the PNG file `path`: each run, mean, deviation.
 
     Args:
       values: name of an arm -> the metric of each of its runs.
@@ -158,7 +158,7 @@ def _draw_panel(
     groups: Mapping[str, str],
     colours: Mapping[str, str],
 ) -> None:
-    """Draws one panel; colour tells groups apart where there are several, else the metrics."""
+    """Draw one panel; colour tells groups apart where there are several, else the metrics."""
     several = len(colours) > 1
     own_colours = _colours(metrics)
     legend: dict[str, Line2D] = {}
@@ -180,7 +180,7 @@ def _draw_panel(
 
 
 def _sample(line: Line2D, grey: bool) -> Line2D:
-    """Returns a line for a legend; grey where a colour stands for a group and not for a metric."""
+    """Return a line for a legend; grey where a colour stands for a group and not for a metric."""
     colour = "0.3" if grey else line.get_color()
     sample = Line2D([], [], color=colour, linewidth=1.6, label=str(line.get_label()))
     sample.set(linestyle=line.get_linestyle(), marker=line.get_marker(), markersize=4)
@@ -188,7 +188,7 @@ def _sample(line: Line2D, grey: bool) -> Line2D:
 
 
 def _draw_line(axes: Axes, metric: str, steps: np.ndarray, numbers: np.ndarray, colour: str, dash: str) -> Line2D:
-    """Draws one metric of one run and returns the line that stands for it in the legend."""
+    """Draw one metric of one run and return the line that stands for it in the legend."""
     window = max(1, len(steps) // 20) if metric == "train/loss" else 1
     if window > 1:
         axes.plot(steps, numbers, color=colour, alpha=0.25, linewidth=0.8)
@@ -206,7 +206,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _points(rows: Rows, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (steps [n], values [n]) of a metric's finite values, by ascending step."""
+    """Return (steps [n], values [n]) of a metric's finite values, by ascending step."""
     pairs = [
         (row["step"], row[metric])
         for row in rows
@@ -218,7 +218,7 @@ def _points(rows: Rows, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with `count` panels, at most three a row."""
+    """Return a figure with `count` panels, at most three a row."""
     columns = min(count, 3) if count != 4 else 2
     lines = math.ceil(count / columns)
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * lines + 0.4)
@@ -249,7 +249,7 @@ def _style(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
-    """Writes a PNG that holds no date and no version, so that the same data give the same file."""
+    """Write a PNG that holds no date and no version, so that the same data give the same file."""
     if title:
         figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=11)
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)

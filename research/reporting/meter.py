@@ -15,18 +15,18 @@ class Meter:
     """Sums on the host, in float64; its state goes into the checkpoint, so that a resumed run logs the same numbers."""
 
     def __init__(self, state: Mapping[str, Any] | None = None):
-        """Goes on from what `state` returned, else begins at zero."""
+        """Go on from what `state` returned, else begins at zero."""
         state = state or {}
         self._means: dict[str, list[float]] = {k: list(v) for k, v in state.get("means", {}).items()}
         self._interval: dict[str, float] = dict(state.get("interval", {}))
         self._run: dict[str, float] = dict(state.get("run", {}))
 
     def state(self) -> dict[str, Any]:
-        """Returns all sums, as JSON."""
+        """Return all sums, as JSON."""
         return {"means": self._means, "interval": self._interval, "run": self._run}
 
     def add_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Adds the means of one step.
+        """Add the means of one step.
 
         Raises:
           NonFiniteError: the loss or the gradient's norm is not finite.
@@ -42,7 +42,7 @@ class Meter:
             sums[1] += count
 
     def add_batch(self, batch: Mapping[str, np.ndarray], processes: int) -> None:
-        """Counts a batch: its real examples and, of text, its tokens on all sides and the places for tokens."""
+        """Count a batch: its real examples and, of text, its tokens on all sides and the places for tokens."""
         counts = {"steps": 1.0, "examples": float(batch["mask"].sum()) * processes}
         # Masks hold numbers of documents where several share a row.
         for numbers in (batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch):
@@ -52,11 +52,11 @@ class Meter:
         self._add(counts)
 
     def add_seconds(self, **seconds: float) -> None:
-        """Adds time spent: `train` seconds, or `compile` seconds."""
+        """Add time spent: `train` seconds, or `compile` seconds."""
         self._add({f"{name}_seconds": value for name, value in seconds.items()})
 
     def flush(self) -> dict[str, float]:
-        """Returns the training metrics since the last call, and forgets them; empty where there were none."""
+        """Return the training metrics since the last call, and forget them; empty where there were none."""
         if not self._means:
             return {}
         row = {f"train/{k}": total / count if count else math.nan for k, (total, count) in self._means.items()}
@@ -65,7 +65,7 @@ class Meter:
         return row
 
     def summary(self) -> dict[str, float]:
-        """Returns the times and speeds of the whole run; compilation counts apart."""
+        """Return the times and speeds of the whole run; compilation counts apart."""
         times = {name: self._run.get(name, 0.0) for name in ("train_seconds", "compile_seconds")}
         return times | _speeds(self._run)
 
@@ -76,7 +76,7 @@ class Meter:
 
 
 def _speeds(sums: Mapping[str, float]) -> dict[str, float]:
-    """Returns per-second rates and the share of places that hold padding."""
+    """Return per-second rates and the share of places that hold padding."""
     seconds = max(sums.get("train_seconds", 0.0), 1e-9)
     rates = {f"{k}_per_second": sums[k] / seconds for k in ("steps", "examples", "tokens") if k in sums}
     return rates | ({"padding_share": 1 - sums["tokens"] / sums["places"]} if sums.get("places") else {})

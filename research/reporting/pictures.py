@@ -17,7 +17,7 @@ DOTS_PER_INCH = 120
 
 
 def render(figure: Figure) -> np.ndarray:
-    """Returns a figure as an array."""
+    """Return a figure as an array."""
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(DOTS_PER_INCH)
     canvas.draw()
@@ -25,7 +25,7 @@ def render(figure: Figure) -> np.ndarray:
 
 
 def grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int, title: str = "") -> np.ndarray:
-    """Draws images [H, W] or [H, W, 1 or 3], uint8 or float in [0, 1], row by row, each under its title.
+    """Draw images [H, W] or [H, W, 1 or 3], uint8 or float in [0, 1], row by row, each under its title.
 
     Args:
       images: what to draw.
@@ -47,12 +47,12 @@ def grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int, titl
 
 
 def _head(figure: Figure, title: str) -> None:
-    """Writes a title above a figure, in as many lines as it takes."""
+    """Write a title above a figure, in as many lines as it takes."""
     figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=10)
 
 
 def show(axes: Axes, image: np.ndarray) -> None:
-    """Draws one image, without ticks."""
+    """Draw one image, without ticks."""
     image = np.squeeze(image, -1) if image.ndim == 3 and image.shape[-1] == 1 else image
     top = 255 if image.dtype == np.uint8 else 1
     axes.imshow(np.clip(image, 0, top), cmap="gray", vmin=0, vmax=top, interpolation="nearest")
@@ -68,7 +68,7 @@ def boxes(
     title: str = "",
     pairs: int = 2,
 ) -> np.ndarray:
-    """Draws images twice, side by side: with their true boxes, and with the predicted ones and their scores.
+    """Draw images twice, side by side: with their true boxes, and with the predicted ones and their scores.
 
     Args:
       images: as `grid` takes them.
@@ -94,7 +94,7 @@ def boxes(
 
 
 def _box(axes: Axes, box: np.ndarray, label: int, names: Sequence[str], score: float | None) -> None:
-    """Draws one box in the colour of its class; pixels' centres have whole coordinates.
+    """Draw one box in the colour of its class; pixels' centres have whole coordinates.
 
     What is written stands on the box, from its left, but in it at the top of the image, and up to its right where the
     image soon ends.
@@ -113,7 +113,7 @@ def _box(axes: Axes, box: np.ndarray, label: int, names: Sequence[str], score: f
 
 
 def confusion(counts: np.ndarray, names: Sequence[str], title: str = "") -> np.ndarray:
-    """Draws a confusion matrix: how often each class (a row) was taken for each (a column).
+    """Draw a confusion matrix: how often each class (a row) was taken for each (a column).
 
     Args:
       counts: int [classes, classes]. The colour is the share of the row.
@@ -141,7 +141,7 @@ def confusion(counts: np.ndarray, names: Sequence[str], title: str = "") -> np.n
 
 
 def pixels(images: Any, ops: Sequence[Any]) -> Any:
-    """Returns images [..., H, W, C] as they were before the `Normalize` of `ops`, in [0, 1]; numpy or JAX arrays."""
+    """Return images [..., H, W, C] as they were before the `Normalize` of `ops`, in [0, 1]; numpy or JAX arrays."""
     for op in reversed(ops):
         if isinstance(op, Normalize):
             images = images * op.std + op.mean
@@ -149,7 +149,7 @@ def pixels(images: Any, ops: Sequence[Any]) -> Any:
 
 
 def by_class(rows: Sequence[np.ndarray], names: Sequence[str], title: str) -> np.ndarray:
-    """Draws rows of images, each behind the name of its class.
+    """Draw rows of images, each behind the name of its class.
 
     Args:
       rows: for each class images [N, H, W, C], C 1 or 3, in [0, 1]; the longest row says how many columns there are.
@@ -178,7 +178,7 @@ def by_class(rows: Sequence[np.ndarray], names: Sequence[str], title: str) -> np
 def reconstructions(
     true: Sequence[np.ndarray], predicted: Sequence[np.ndarray], hidden: Sequence[np.ndarray], title: str
 ) -> np.ndarray:
-    """Draws images without their hidden parts, which are blue, as predicted, and as they are, side by side.
+    """Draw images without their hidden parts, which are blue, as predicted, and as they are, side by side.
 
     Args:
       true: images, as `grid` takes them, float in [0, 1].

@@ -35,7 +35,7 @@ class Run:
         return {k: v for k, v in {**self.result["metrics"], **beside}.items() if isinstance(v, int | float)}
 
     def number(self, metric: str) -> float:
-        """Returns one of `numbers`.
+        """Return one of `numbers`.
 
         Raises:
           UserError: the run did not end with that metric.
@@ -46,7 +46,7 @@ class Run:
 
 
 def load(path: pathlib.Path) -> Run:
-    """Reads a run's folder.
+    """Read a run's folder.
 
     Raises:
       UserError: there is no such folder, its run has not finished, or a file in it is not what it should be.
@@ -66,7 +66,7 @@ def load(path: pathlib.Path) -> Run:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns {"a.b.0.c": value} for nested mappings and lists of mappings; other lists stay whole."""
+    """Return {"a.b.0.c": value} for nested mappings and lists of mappings; other lists stay whole."""
     if isinstance(node, Mapping) and node:
         items = node.items()
     elif isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
@@ -77,7 +77,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Returns a name for each run: the end of its path, as short as tells them apart."""
+    """Return a name for each run: the end of its path, as short as tells them apart."""
     parts = [run.path.absolute().parts for run in runs]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -88,7 +88,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def group_by_config(runs: Sequence[Run]) -> list[list[int]]:
-    """Returns the positions of runs that differ in nothing but `seed`, in order of first appearance."""
+    """Return the positions of runs that differ in nothing but `seed`, in order of first appearance."""
     groups: dict[str, list[int]] = {}
     for position, run in enumerate(runs):
         config = {key: value for key, value in run.config.items() if key != "seed"}
@@ -97,7 +97,7 @@ def group_by_config(runs: Sequence[Run]) -> list[list[int]]:
 
 
 def show(metric: str, value: float) -> str:
-    """Returns a number as people read it: an accuracy in per cent, bytes in GiB, else 4 significant digits."""
+    """Return a number as people read it: an accuracy in per cent, bytes in GiB, else 4 significant digits."""
     if is_share(metric):
         return f"{100 * value:.2f} %"
     if metric.endswith("_bytes"):
@@ -106,13 +106,13 @@ def show(metric: str, value: float) -> str:
 
 
 def show_mean(metric: str, values: Sequence[float]) -> str:
-    """Returns "mean ± sample deviation" of several values, or the one value there is."""
+    """Return "mean ± sample deviation" of several values, or the one value there is."""
     mean = statistics.fmean(values) if len(values) > 1 else values[0]
     return show(metric, mean) + (f" ± {show_deviation(metric, values)}" if len(values) > 1 else "")
 
 
 def show_deviation(metric: str, values: Sequence[float]) -> str:
-    """Returns the sample deviation of several values, with two significant digits; a dash for one."""
+    """Return the sample deviation of several values, with two significant digits; a dash for one."""
     if len(values) < 2:
         return "-"
     deviation = statistics.stdev(values)
@@ -122,12 +122,12 @@ def show_deviation(metric: str, values: Sequence[float]) -> str:
 
 
 def is_share(metric: str) -> bool:
-    """Returns whether a metric is a share of 1 that is shown in per cent."""
+    """Return whether a metric is a share of 1 that is shown in per cent."""
     return metric.endswith(("accuracy", "_share"))
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON file that holds one object."""
+    """Read a JSON file that holds one object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -140,7 +140,7 @@ def _object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads a file of one JSON object a line, each with a step."""
+    """Read a file of one JSON object a line, each with a step."""
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

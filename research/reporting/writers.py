@@ -31,7 +31,7 @@ class Writer:
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, lines: int = 0):
-        """Opens the files of a run that goes on after `step`; what a stopped run wrote after `lines` is dropped."""
+        """Open the files of a run that goes on after `step`; what a stopped run wrote after `lines` is dropped."""
         self.lines, self._workdir = 0, workdir
         self._file: TextIO | None = None
         if jax.process_index() == 0:
@@ -50,7 +50,7 @@ class Writer:
             self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, np.ndarray] = {}) -> None:
-        """Writes one line, in which a NaN or an infinity becomes null, which JSON has, and pictures to figures/."""
+        """Write one line, in which a NaN or an infinity becomes null, which JSON has, and pictures to figures/."""
         if self._file is not None:
             row = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
             self._file.write(json.dumps({"step": step} | row) + "\n")
@@ -66,14 +66,14 @@ class Writer:
             self._board.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         if self._file is not None:
             self._file.close()
             self._board.close()
 
 
 def write_pictures(workdir: pathlib.Path, step: int, pictures: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """Writes pictures uint8 [height, width, 3] to figures/NAME-STEP.png, and returns the files' contents."""
+    """Write pictures uint8 [height, width, 3] to figures/NAME-STEP.png, and return the files' contents."""
     contents = {}
     for name, picture in pictures.items():
         buffer = io.BytesIO()
@@ -86,7 +86,7 @@ def write_pictures(workdir: pathlib.Path, step: int, pictures: Mapping[str, np.n
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl; a last line that was cut off is left out."""
+    """Return the lines of a metrics.jsonl; a last line that was cut off is left out."""
     if not path.exists():
         return []
     rows = []
@@ -102,7 +102,7 @@ class Progress:
     """A live line on a terminal; plain lines elsewhere."""
 
     def __init__(self, num_steps: int, step: int):
-        """Shows a run of `num_steps` that stands at `step`."""
+        """Show a run of `num_steps` that stands at `step`."""
         self._console = rich.console.Console(file=sys.stderr, quiet=jax.process_index() != 0, soft_wrap=True)
         self._num_steps, self._first, self._step = num_steps, step, step
         self._numbers = ""
@@ -125,12 +125,12 @@ class Progress:
         self._bar.stop()
 
     def line(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Print a line that stays."""
         self._console.print(text, markup=False, highlight=False)
 
     @contextlib.contextmanager
     def phase(self, name: str, quiet: bool = False) -> Iterator[None]:
-        """Names what is going on while it is not training: compiling, evaluating, saving."""
+        """Name what is going on while it is not training: compiling, evaluating, saving."""
         start = time.monotonic()
         self._bar.update(self._task, description=name)
         if not self._console.is_terminal and not quiet:
@@ -141,11 +141,11 @@ class Progress:
         self._bar.update(self._task, description="training")
 
     def advance(self, step: int) -> None:
-        """Moves the live line."""
+        """Move the live line."""
         self._bar.update(self._task, completed=step)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Shows the training metrics of a line of metrics.jsonl and the time left at its speed."""
+        """Show the training metrics of a line of metrics.jsonl and the time left at its speed."""
         speed = scalars.get("train/steps_per_second", 0.0)
         parts = [f"loss {scalars['train/loss']:.4f}", f"{scalars['train/examples_per_second']:.1f} examples/s"]
         if "train/tokens_per_second" in scalars:
@@ -158,7 +158,7 @@ class Progress:
             self.line(f"step {step}/{self._num_steps}  {numbers}")
 
     def table(self, title: str, values: Mapping[str, Any]) -> None:
-        """Prints a table of results."""
+        """Print a table of results."""
         table = rich.table.Table("", "value", title=title, title_justify="left")
         for name, value in values.items():
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
@@ -166,6 +166,6 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Returns "1:02:03" or "2:03"."""
+    """Return "1:02:03" or "2:03"."""
     hours, rest = divmod(int(seconds + 0.5), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

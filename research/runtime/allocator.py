@@ -18,7 +18,7 @@ TUNABLES = ":".join(f"glibc.malloc.{name}={value % 2**64}" for name, (_, value) 
 
 
 def keep() -> None:
-    """Has the C library keep the buffers of a step for the next one, unless JAX, with its threads, is there already.
+    """Have the C library keep the buffers of a step for the next one, unless JAX, with its threads, is there already.
 
     To return them to the kernel and to take them again, page by page, would be a fifth of a step's time and more. They
     are taken by many threads, of which only the main one's heap can keep them, so all share it. Where an accelerator

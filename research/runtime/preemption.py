@@ -33,11 +33,11 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self, step: int) -> bool:
-        """Returns whether to stop before this step; the same in every process."""
+        """Return whether to stop before this step; the same in every process."""
         return self._requested.is_set() if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def check(self) -> None:
-        """Raises PreemptedError where this process may stop alone; for the middle of an evaluation."""
+        """Raise PreemptedError where this process may stop alone; for the middle of an evaluation."""
         if self._requested.is_set():
             raise PreemptedError
 

@@ -51,7 +51,7 @@ class Classification:
             raise UserError("config.task.model.num_outputs: 'softmax' needs 2 or more; use objective 'sigmoid' for 1")
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters.
+        """Return new float32 parameters.
 
         Raises:
           UserError: the features are not those that the model and the objective need.
@@ -61,17 +61,17 @@ class Classification:
         return params
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the mean loss over real examples, with dropout, and the accuracy on the batch."""
+        """Return the mean loss over real examples, with dropout, and the accuracy on the batch."""
         logits_BxC = encoders.logits(self.model, params, batch, {"dropout": rng})
         return self._loss(logits_BxC, batch, self.label_smoothing), self._scores(logits_BxC, batch)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns the loss, without dropout or smoothing, and the accuracy."""
+        """Return the loss, without dropout or smoothing, and the accuracy."""
         logits_BxC = encoders.logits(self.model, params, batch, {})
         return {"loss": self._loss(logits_BxC, batch, 0.0)} | self._scores(logits_BxC, batch)
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns "logits" [B, C] and, but for regression, "probabilities" [B, C] and "label" (int, as in the data)."""
+        """Return "logits" [B, C] and, but for regression, "probabilities" [B, C] and "label" (int, as in the data)."""
         del rng  # nothing is drawn
         logits_BxC = encoders.logits(self.model, params, batch, {})
         if self.objective == "regression":
@@ -87,7 +87,7 @@ class Classification:
         return {"logits": logits_BxC, "probabilities": jax.nn.sigmoid(logits_BxC), "label": label}
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Puts one example's prediction in words: its label and every label's probability, or the predicted value."""
+        """Put one example's prediction in words: its label and every label's probability, or the predicted value."""
         if self.objective == "regression":
             values = [float(x) for x in output["logits"]]
             return {"value": values if len(values) > 1 else values[0]}
@@ -121,12 +121,12 @@ class Classification:
         return {"accuracy": Mean.of(scores[self.objective](), mask)} if self.objective in scores else {}
 
     def _labels(self, logits_BxC: jax.Array, batch: Batch) -> jax.Array:
-        """Returns int [B] for softmax, else float [B, C]."""
+        """Return int [B] for softmax, else float [B, C]."""
         labels = batch["label"]
         return labels if self.objective == "softmax" else labels.reshape(logits_BxC.shape).astype(jnp.float32)
 
     def _check(self, spec: Spec) -> None:
-        """Raises UserError unless the labels have the objective's shape and type."""
+        """Raise UserError unless the labels have the objective's shape and type."""
         label, outputs = spec["label"], getattr(self.model, "num_outputs", None)
         integers = jnp.issubdtype(label.dtype, jnp.integer)
         found = f"{label.dtype} {'[B, C]' if label.ndim == 2 else '[B]'}"

@@ -62,7 +62,7 @@ class Detection:
             raise UserError(f"config.task.model.num_outputs: {outputs} outputs for {names}")
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters.
+        """Return new float32 parameters.
 
         Raises:
           UserError: a feature is missing, or there may be more boxes than the model has queries.
@@ -74,12 +74,12 @@ class Detection:
         return tokens.init(self.model, rng, spec, INPUTS)
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the loss, with dropout, and the parts of that of the last layer, unweighted."""
+        """Return the loss, with dropout, and the parts of that of the last layer, unweighted."""
         means = self._means(params, batch, {"dropout": rng})
         return means.pop("loss"), means
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns the loss and its parts, without dropout.
+        """Return the loss and its parts, without dropout.
 
         "class_loss", "box_loss" and "giou_loss" are unweighted and those of the last layer; "cardinality_error" is
         by how many objects too few or too many are found in an image.
@@ -87,7 +87,7 @@ class Detection:
         return self._means(params, batch, {})
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns what every query finds.
+        """Return what every query finds.
 
         Returns:
           "scores" float32 [B, Q], the probability of the likeliest class; "classes" int32 [B, Q]; "boxes" float32
@@ -104,7 +104,7 @@ class Detection:
         } | sizes
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Lists the objects in one image, the surest first.
+        """List the objects in one image, the surest first.
 
         Each has a "label", a "score" and a "box": left, top, right and bottom, in pixels of the original image where
         the output has its "image_size", else as shares.
@@ -136,7 +136,7 @@ class Detection:
         return self.set_loss(logits[layers], boxes[layers], batch)
 
     def set_loss(self, logits_LxBxQxC: jax.Array, boxes_LxBxQx4: jax.Array, batch: Batch) -> dict[str, Mean]:
-        """Returns what `metrics` does, for outputs of one or more layers; "loss" is the sum of theirs."""
+        """Return what `metrics` does, for outputs of one or more layers; "loss" is the sum of theirs."""
         queries, none = logits_LxBxQxC.shape[2], logits_LxBxQxC.shape[3] - 1
         real_BxN = (batch["box_mask"] * batch["mask"][:, None]).astype(jnp.float32)
         # An unknown class has no probability, and makes the loss NaN rather than wrong.
@@ -173,7 +173,7 @@ class Detection:
         return {"loss": Mean(loss * count, count)} | means
 
     def _cost(self, logits: jax.Array, boxes: jax.Array, classes_BxN: jax.Array, targets_BxNx4: jax.Array) -> jax.Array:
-        """Returns what it costs that a query stands for an object, [L, B, Q, N]."""
+        """Return what it costs that a query stands for an object, [L, B, Q, N]."""
         probabilities = jax.nn.softmax(logits)
         index = jnp.broadcast_to(classes_BxN[:, None], (*logits.shape[:3], classes_BxN.shape[1]))
         of_class = jnp.take_along_axis(probabilities, index, axis=-1, mode="fill")
@@ -184,13 +184,13 @@ class Detection:
 
 
 def corners(boxes: jax.Array) -> jax.Array:
-    """Maps boxes [..., 4] from centre (x, y), width and height to left, top, right and bottom."""
+    """Map boxes [..., 4] from centre (x, y), width and height to left, top, right and bottom."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     return jnp.concatenate([centre - size / 2, centre + size / 2], axis=-1)
 
 
 def generalised_iou(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Returns the generalised intersection over union (Rezatofighi 2019, algorithm 1), from -1 to 1, of two boxes.
+    """Return the generalised intersection over union (Rezatofighi 2019, algorithm 1), from -1 to 1, of two boxes.
 
     Args:
       one: boxes [..., 4]: centre (x, y), width and height.

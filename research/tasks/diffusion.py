@@ -50,13 +50,13 @@ class Diffusion:
         self.check(self.sampling)
 
     def check(self, sampling: Sampling) -> None:
-        """Raises UserError unless images can be drawn so."""
+        """Raise UserError unless images can be drawn so."""
         self.process.grid(sampling)
         if sampling.guidance != 1 and not self.label_dropout:
             raise UserError("sampling.guidance: the model is not trained without labels; see label_dropout")
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters; raises UserError if there are no images and classes that fit the model."""
+        """Return new float32 parameters; raise UserError if there are no images and classes that fit the model."""
         tokens.check(spec, ("image", "label"))
         if not jnp.issubdtype(spec["label"].dtype, jnp.integer) or spec["label"].ndim != 1:
             raise UserError(f"config.data: labels must be class numbers, integers [B], not {spec['label'].dtype}")
@@ -64,7 +64,7 @@ class Diffusion:
         return self.model.init(rng, image, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the loss at random times, and its parts where it has two: "squared_error" and "bound"."""
+        """Return the loss at random times, and its parts where it has two: "squared_error" and "bound"."""
         size = batch["label"].shape
         sharing, noising, dropping, dropout = jax.random.split(rng, 4)
         shares_B, noise = jax.random.uniform(sharing, size), jax.random.normal(noising, batch["image"].shape)
@@ -75,7 +75,7 @@ class Diffusion:
         return means.pop("loss"), means
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns "loss", and its parts where it has two, with labels and without dropout.
+        """Return "loss", and its parts where it has two, with labels and without dropout.
 
         The time and the noise of an image are a function of its pixels, the same at every evaluation.
         """
@@ -87,17 +87,17 @@ class Diffusion:
         return {name: Mean.of(values, batch["mask"]) for name, values in parts.items()}
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns "image" float32 [B, H, W, C], drawn for the labels [B] of the batch, in the units of the data."""
+        """Return "image" float32 [B, H, W, C], drawn for the labels [B] of the batch, in the units of the data."""
         if "label" not in batch:
             raise UserError("--mode=predict: a diffusion run has nothing to predict; --mode=generate draws images")
         return {"image": self.draw(params, batch["label"], jax.random.split(rng, len(batch["label"])), self.sampling)}
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns the image's numbers."""
+        """Return the image's numbers."""
         return {"image": output["image"].tolist()}
 
     def draw(self, params: Params, label_B: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-        """Returns images [B, H, W, C] of classes, each a function of its own key."""
+        """Return images [B, H, W, C] of classes, each a function of its own key."""
         none_B = jnp.full_like(label_B, self.model.num_classes)
 
         def predict(x: jax.Array, time_B: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -113,7 +113,7 @@ class Diffusion:
         return diffusion.sample(self.process, predict, keys_B, self.model.shape, sampling)
 
     def _known(self, label_B: jax.Array) -> jax.Array:
-        """Returns the labels; one that no class has, and that would stand for none, makes the loss NaN."""
+        """Return the labels; one that no class has, and that would stand for none, makes the loss NaN."""
         known_B = (label_B >= 0) & (label_B < self.model.num_classes)
         return jnp.where(known_B, label_B, self.model.num_classes + 1)
 
@@ -126,7 +126,7 @@ class Diffusion:
         noise: jax.Array,
         rngs: dict[str, jax.Array],
     ) -> dict[str, jax.Array]:
-        """Returns each example's loss [B], and its parts where it has two."""
+        """Return each example's loss [B], and its parts where it has two."""
         time_B = self.process.time(shares_B)
         signal_B, noise_B = self.process.at(time_B)
         at = expand(signal_B, image), expand(noise_B, image)
@@ -145,7 +145,7 @@ class Diffusion:
         return jnp.asarray(self.model.apply({"params": params}, image, time_B, label_B, rngs=rngs))
 
     def _split(self, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Returns what the model says, and the place of the learned variance between its bounds."""
+        """Return what the model says, and the place of the learned variance between its bounds."""
         if not self.model.learned_variance:
             return output, None
         said, variance = jnp.split(output, 2, axis=-1)

@@ -14,7 +14,7 @@ TEXT = ("input_ids", "attention_mask", "token_type_ids")  # the last one may be 
 
 
 def init(model: nn.Module, spec: Spec, rng: jax.Array, needed: Sequence[str] = ()) -> Params:
-    """Returns new float32 parameters.
+    """Return new float32 parameters.
 
     Raises:
       UserError: the batches lack a feature of `needed` or of the encoder, or are longer than the model takes.
@@ -26,19 +26,19 @@ def init(model: nn.Module, spec: Spec, rng: jax.Array, needed: Sequence[str] = (
 
 
 def logits(model: nn.Module, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
-    """Returns the model's outputs for a batch, in float32."""
+    """Return the model's outputs for a batch, in float32."""
     check_length(model, batch)
     outputs = model.apply({"params": params}, *[batch.get(name) for name in inputs(model)], rngs=rngs)
     return jnp.asarray(outputs, jnp.float32)
 
 
 def inputs(model: nn.Module) -> tuple[str, ...]:
-    """Returns the features that a model is called with: its class's `inputs`, else those of a text."""
+    """Return the features that a model is called with: its class's `inputs`, else those of a text."""
     return getattr(model, "inputs", TEXT)
 
 
 def check_length(model: nn.Module, batch: Batch | Spec) -> None:
-    """Raises UserError if the model has too few positions for "input_ids", which indexing would not tell."""
+    """Raise UserError if the model has too few positions for "input_ids", which indexing would not tell."""
     if "input_ids" not in batch:
         return
     length = batch["input_ids"].shape[1]

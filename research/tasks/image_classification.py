@@ -42,14 +42,14 @@ class ImageClassification(Classification):
                 raise UserError(f"config.task.{name}: objective 'regression' has no labels to mix")
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the mean loss over real examples, with dropout, and the accuracy by the images' own labels."""
+        """Return the mean loss over real examples, with dropout, and the accuracy by the images' own labels."""
         mix_rng, dropout_rng = jax.random.split(rng)
         mixed, other, share = self._mix(batch, mix_rng)
         logits_BxC = encoders.logits(self.model, params, mixed, {"dropout": dropout_rng})
         return self._mixed_loss(logits_BxC, batch, other, share), self._scores(logits_BxC, batch)
 
     def _mix(self, batch: Batch, rng: jax.Array) -> tuple[Batch, Batch, jax.Array]:
-        """Returns the batch with mixed images, the one with the others' labels, and the share of its own."""
+        """Return the batch with mixed images, the one with the others' labels, and the share of its own."""
         if not (self.mixup or self.cutmix):
             return batch, batch, jnp.ones(())
         image_BxHxWxC = batch["image"]
@@ -60,7 +60,7 @@ class ImageClassification(Classification):
         return {**batch, "image": mixed}, other, own_HxW.mean()
 
     def _weights(self, rng: jax.Array, height: int, width: int) -> jax.Array:
-        """Returns what share of its own each pixel keeps, float32 [H, W]."""
+        """Return what share of its own each pixel keeps, float32 [H, W]."""
         kind_rng, share_rng = jax.random.split(rng)
         if not self.cutmix:
             return mixup_weights(share_rng, (height, width), self.mixup)
@@ -71,7 +71,7 @@ class ImageClassification(Classification):
         return jnp.where(jax.random.bernoulli(kind_rng), mixed_HxW, cut_HxW)
 
     def _mixed_loss(self, logits_BxC: jax.Array, batch: Batch, other: Batch, share: jax.Array) -> Mean:
-        """Returns the loss of mixed labels, which is linear in them."""
+        """Return the loss of mixed labels, which is linear in them."""
         own = self._loss(logits_BxC, batch, self.label_smoothing)
         if not (self.mixup or self.cutmix):
             return own
@@ -109,11 +109,11 @@ class Distillation(ImageClassification):
             raise UserError(f"config.task.teacher.num_outputs: the teacher knows {theirs} classes, the model {ours}")
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters; those under "teacher" are of no use until they are replaced."""
+        """Return new float32 parameters; those under "teacher" are of no use until they are replaced."""
         return {**super().init(rng, spec), "teacher": encoders.init(self.teacher, spec, rng)}
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the mean loss over real examples, with dropout, and both accuracies by the images' own labels."""
+        """Return the mean loss over real examples, with dropout, and both accuracies by the images' own labels."""
         mix_rng, dropout_rng = jax.random.split(rng)
         mixed, other, share = self._mix(batch, mix_rng)
         rngs = {"dropout": dropout_rng}
@@ -128,13 +128,13 @@ class Distillation(ImageClassification):
 
 
 def mixup_weights(rng: jax.Array, shape: Sequence[int], alpha: float) -> jax.Array:
-    """Returns what share of its own each pixel keeps, float32 [H, W]: one drawn number, at least a half, for all."""
+    """Return what share of its own each pixel keeps, float32 [H, W]: one drawn number, at least a half, for all."""
     share = jax.random.beta(rng, alpha, alpha)
     return jnp.full(shape, jnp.maximum(share, 1 - share))
 
 
 def cutmix_weights(rng: jax.Array, shape: Sequence[int], alpha: float) -> jax.Array:
-    """Returns which pixels stay, float32 [H, W] of 1 and 0: all but a rectangle around a pixel drawn evenly.
+    """Return which pixels stay, float32 [H, W] of 1 and 0: all but a rectangle around a pixel drawn evenly.
 
     It has the sides of the image times the root of its share of the area, before it is cut off at the edges.
     """
@@ -152,6 +152,6 @@ def cutmix_weights(rng: jax.Array, shape: Sequence[int], alpha: float) -> jax.Ar
 
 
 def _previous(x: jax.Array, mask_B: jax.Array) -> jax.Array:
-    """Returns for each example the one before it, or itself where that one only fills the batch up."""
+    """Return for each example the one before it, or itself where that one only fills the batch up."""
     real_B = jnp.roll(mask_B, 1) != 0
     return jnp.where(real_B.reshape(-1, *[1] * (x.ndim - 1)), jnp.roll(x, 1, axis=0), x)

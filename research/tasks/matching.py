@@ -17,7 +17,7 @@ from research.errors import UserError
 
 
 def assign(cost_LxBxQxN: jax.Array, mask_BxN: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """Returns the query of each object, int32 [L, B, N], so that the sum of the costs is least; Q where there is none.
+    """Return the query of each object, int32 [L, B, N], so that the sum of the costs is least; Q where there is none.
 
     Args:
       cost_LxBxQxN: what it costs that query q stands for object n, of each example; costs that are no finite numbers

@@ -53,7 +53,7 @@ class QuestionAnswering:
                 raise UserError(f"config.task.{name}: {getattr(self, name)} must be at least 1")
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters.
+        """Return new float32 parameters.
 
         Raises:
           UserError: a feature that the task needs is missing.
@@ -61,17 +61,17 @@ class QuestionAnswering:
         return encoders.init(self.model, spec, rng, ("context_mask", "start", "end"))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the mean cross-entropy of start and end over real windows, with dropout, and the accuracies."""
+        """Return the mean cross-entropy of start and end over real windows, with dropout, and the accuracies."""
         logits_2xBxT = self._logits(params, batch, {"dropout": rng})
         return _loss(logits_2xBxT, batch), _accuracies(logits_2xBxT, batch)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns the loss, without dropout, and "start_accuracy" and "end_accuracy", all of windows."""
+        """Return the loss, without dropout, and "start_accuracy" and "end_accuracy", all of windows."""
         logits_2xBxT = self._logits(params, batch, {})
         return {"loss": _loss(logits_2xBxT, batch)} | _accuracies(logits_2xBxT, batch)
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns the best spans of each window: N of them, the best first.
+        """Return the best spans of each window: N of them, the best first.
 
         Returns:
           "start", "end": int32 [B, N], tokens of the window. "score": float32 [B, N], the sum of the two logits; -inf
@@ -99,7 +99,7 @@ class QuestionAnswering:
         }
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns the best spans of one window, in tokens; `describe_rows` knows the passage's words."""
+        """Return the best spans of one window, in tokens; `describe_rows` knows the passage's words."""
         spans = [
             {"start": int(start), "end": int(end), "score": float(score)}
             for start, end, score in zip(output["start"], output["end"], output["score"])
@@ -110,7 +110,7 @@ class QuestionAnswering:
     def describe_rows(
         self, rows: Sequence[Mapping[str, Any]], outputs: Sequence[dict[str, np.ndarray]]
     ) -> dict[str, Any]:
-        """Answers one question from all its windows.
+        """Answer one question from all its windows.
 
         Args:
           rows: the windows, as `Windows` made them.
@@ -135,7 +135,7 @@ class QuestionAnswering:
         return {"answer": answer, "score": score, "n_best": n_best}
 
     def answer(self, spans: Sequence[Span], null_score: float) -> str:
-        """Returns the text of the best of the `spans`, or "" where that is the better answer."""
+        """Return the text of the best of the `spans`, or "" where that is the better answer."""
         if not spans:
             return ""
         none = self.null_threshold is not None and null_score - spans[0].score > self.null_threshold
@@ -144,7 +144,7 @@ class QuestionAnswering:
     def spans(
         self, rows: Sequence[Mapping[str, Any]], outputs: Sequence[dict[str, np.ndarray]]
     ) -> tuple[list[Span], float]:
-        """Returns the `n_best` spans of all windows of a question, best first, and its least null score.
+        """Return the `n_best` spans of all windows of a question, best first, and its least null score.
 
         A span that two windows see has the better of its two scores.
         """
@@ -160,7 +160,7 @@ class QuestionAnswering:
         return spans, min(float(output["null_score"]) for output in outputs)
 
     def _logits(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
-        """Returns [2, B, T]: the logits of start and end, -inf where no answer can be."""
+        """Return [2, B, T]: the logits of start and end, -inf where no answer can be."""
         logits_BxTx2 = encoders.logits(self.model, params, batch, rngs)
         possible_BxT = (batch["context_mask"] != 0).at[:, 0].set(True)
         return jnp.where(possible_BxT, jnp.moveaxis(logits_BxTx2, -1, 0), -jnp.inf)

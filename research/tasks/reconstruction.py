@@ -30,13 +30,13 @@ class Reconstruction:
     model: MaskedAutoencoder
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters; raises UserError if images are missing, or cannot be cut or masked so."""
+        """Return new float32 parameters; raise UserError if images are missing, or cannot be cut or masked so."""
         tokens.check(spec, ("image",))
         image = jnp.zeros((1, *spec["image"].shape[1:]), jnp.float32)
         return self.model.init(rng, image, jnp.zeros((1, self._patches(image))))["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the mean squared error over the numbers in hidden patches.
+        """Return the mean squared error over the numbers in hidden patches.
 
         Where targets are normalised, a prediction of 0 has an error of 1 (of less for patches of one colour).
         """
@@ -47,13 +47,13 @@ class Reconstruction:
         return _mean(errors_BxN, masked_BxN, batch), {}
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns "loss", without dropout."""
+        """Return "loss", without dropout."""
         noise_BxN = self._noise(batch["image"], jax.random.key(0))
         errors_BxN, masked_BxN, _ = self._apply(params, batch["image"], noise_BxN, {})
         return {"loss": _mean(errors_BxN, masked_BxN, batch)}
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Hides patches and predicts them.
+        """Hide patches and predict them.
 
         Args:
           params: of the model.
@@ -78,7 +78,7 @@ class Reconstruction:
         }
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns one image's loss and the numbers of the patches that were hidden, counted row by row from 0."""
+        """Return one image's loss and the numbers of the patches that were hidden, counted row by row from 0."""
         return {"loss": float(output["loss"]), "masked": np.flatnonzero(output["masked"]).tolist()}
 
     @property
@@ -92,7 +92,7 @@ class Reconstruction:
     def _apply(
         self, params: Params, image: jax.Array, noise_BxN: jax.Array, rngs: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns each patch's mean squared error [B, N], which patches are hidden [B, N], predictions [B, N, F]."""
+        """Return each patch's mean squared error [B, N], which patches are hidden [B, N], predictions [B, N, F]."""
         outputs = self.model.apply({"params": params}, image, noise_BxN, rngs=rngs)
         predictions_BxNxF, masked_BxN = map(jnp.asarray, outputs)
         squares_BxNxF = vit.cut(image, self._patch_size)
@@ -101,14 +101,14 @@ class Reconstruction:
         return errors_BxN, masked_BxN, predictions_BxNxF
 
     def _statistics(self, squares_BxNxF: jax.Array) -> tuple[jax.Array | float, jax.Array | float]:
-        """Returns what targets are reduced and divided by, [B, N, 1] each."""
+        """Return what targets are reduced and divided by, [B, N, 1] each."""
         if not self.model.normalize_targets:
             return 0.0, 1.0
         variance_BxNx1 = squares_BxNxF.var(axis=-1, ddof=1, keepdims=True)  # of a sample, as in the authors' code
         return squares_BxNxF.mean(axis=-1, keepdims=True), jnp.sqrt(variance_BxNx1 + EPSILON)
 
     def _noise(self, image_BxHxWxC: jax.Array, rng: jax.Array) -> jax.Array:
-        """Returns numbers [B, N] in [0, 1), those of each image a function of the key and its pixels."""
+        """Return numbers [B, N] in [0, 1), those of each image a function of the key and its pixels."""
         keys_B = keys.of_images(rng, image_BxHxWxC)
         return jax.vmap(lambda key: jax.random.uniform(key, (self._patches(image_BxHxWxC),)))(keys_B)
 

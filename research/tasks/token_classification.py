@@ -39,7 +39,7 @@ class TokenClassification:
             raise UserError(f"config.task.model.num_outputs: {outputs} outputs for {names} labels {self.label_names}")
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters.
+        """Return new float32 parameters.
 
         Raises:
           UserError: a feature that the task needs is missing.
@@ -47,28 +47,28 @@ class TokenClassification:
         return encoders.init(self.model, spec, rng, ("targets", "target_mask"))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the mean cross-entropy over words, with dropout, and the accuracy on the batch."""
+        """Return the mean cross-entropy over words, with dropout, and the accuracy on the batch."""
         scores = self._scores(encoders.logits(self.model, params, batch, {"dropout": rng}), batch)
         return scores["loss"], {"accuracy": scores["accuracy"]}
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns the loss, without dropout, and the accuracy, over words."""
+        """Return the loss, without dropout, and the accuracy, over words."""
         return self._scores(encoders.logits(self.model, params, batch, {}), batch)
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns "label" int32 [B, T] and "probability" float32 [B, T], that of the label."""
+        """Return "label" int32 [B, T] and "probability" float32 [B, T], that of the label."""
         del rng  # nothing is drawn
         probabilities_BxTxC = jax.nn.softmax(encoders.logits(self.model, params, batch, {}))
         return {"label": probabilities_BxTxC.argmax(axis=-1), "probability": probabilities_BxTxC.max(axis=-1)}
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns the label of every token; `describe_rows` knows the words."""
+        """Return the label of every token; `describe_rows` knows the words."""
         return {"labels": [self._name(int(label)) for label in output["label"]]}
 
     def describe_rows(
         self, rows: Sequence[Mapping[str, Any]], outputs: Sequence[dict[str, np.ndarray]]
     ) -> dict[str, Any]:
-        """Puts one example's prediction in words.
+        """Put one example's prediction in words.
 
         Args:
           rows: the one row that `AlignLabels` made.
@@ -87,7 +87,7 @@ class TokenClassification:
         return {"labels": labels, "entities": entities}
 
     def word_labels(self, row: Mapping[str, Any], output: dict[str, np.ndarray]) -> list[str]:
-        """Returns the names of the labels of a row's words; words that have no token are outside of everything."""
+        """Return the names of the labels of a row's words; words that have no token are outside of everything."""
         return [self._name(int(output["label"][token])) if token >= 0 else OUTSIDE for token in row["first_tokens"]]
 
     def _name(self, label: int) -> str:
@@ -104,7 +104,7 @@ class TokenClassification:
 
 
 def spans(labels: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Returns the entities that the labels of consecutive words describe: (kind, first word, word after the last).
+    """Return the entities that the labels of consecutive words describe: (kind, first word, word after the last).
 
     Labels are "O", or a letter, a hyphen and a kind: B begins an entity, I goes on, E ends one, S is one by itself. As
     the CoNLL evaluation does, an entity also begins where an I or E follows something else than its kind.

@@ -44,10 +44,11 @@ def make_experiment(root, rule=AT_LEAST, reduced="", ours=(0.84, 0.86), theirs=(
     return folder
 
 
-def make_readme(root):
-    readme = root.parent / "README.md"
-    readme.write_text(f"before\n{ledger.BEGIN}\nold\n{ledger.END}\nafter\n")
-    return readme
+def make_readmes(root):
+    readmes = root.parent / "README.md", root / "README.md"
+    for readme in readmes:
+        readme.write_text(f"before\n{ledger.BEGIN}\nold\n{ledger.END}\nafter\n")
+    return readmes
 
 
 def rule(kind, against="theirs", **numbers):
@@ -93,7 +94,8 @@ def test_a_ratio_is_the_median_over_pairs(tmp_path):
 def test_pages_tables_and_figures_are_written(tmp_path, capsys):
     root = tmp_path / "experiments"
     folder, unrun = make_experiment(root), make_experiment(root, ours=(), theirs=(), name="two")
-    readme = make_readme(root)
+    (folder / "claim.toml").write_text("headline = true\n" + (folder / "claim.toml").read_text())
+    readme, overview = make_readmes(root)
     assert report.main(["--ledger", "--root", str(root)]) == 0
     assert "not run" in capsys.readouterr().out
     page = (folder / "README.md").read_text()
@@ -105,34 +107,43 @@ def test_pages_tables_and_figures_are_written(tmp_path, capsys):
     assert (folder / "curves.png").exists()
     assert "results.png" not in (unrun / "README.md").read_text()
     assert not (unrun / "results.png").exists()
-    text = readme.read_text()
-    assert text.startswith(f"before\n{ledger.BEGIN}\n| experiment |")
-    assert text.endswith(f"|\n{ledger.END}\nafter\n")
-    assert "[A title](experiments/one/README.md)" in text
-    assert "old" not in text
+    texts = [path.read_text() for path in (readme, overview)]
+    for text in texts:
+        assert text.startswith(f"before\n{ledger.BEGIN}\n| experiment |")
+        assert text.endswith(f"|\n{ledger.END}\nafter\n")
+        assert "old" not in text
+    assert "[A title](experiments/one/README.md)" in texts[0]
+    assert "two/README.md" not in texts[0]  # no headline
+    assert "[A title](one/README.md)" in texts[1]
+    assert "[A title](two/README.md)" in texts[1]
     report.main(["--ledger", "--root", str(root)])
-    assert readme.read_text() == text
+    assert [path.read_text() for path in (readme, overview)] == texts
 
 
 def test_a_readme_without_markers_is_an_error_and_nothing_is_written(tmp_path, capsys):
     folder = make_experiment(tmp_path / "experiments")
-    (tmp_path / "README.md").write_text("no markers")
+    readme, _ = make_readmes(tmp_path / "experiments")
+    readme.write_text("no markers")
     assert report.main(["--ledger", "--root", str(tmp_path / "experiments")]) == 2
-    assert "has no lines '<!-- ledger:begin -->'" in capsys.readouterr().err
+    assert "lacks the lines '<!-- ledger:begin -->'" in capsys.readouterr().err
     assert not (folder / "README.md").exists()
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("hardware", "hardwear", "there is no key 'hardwear'; did you mean 'hardware'?"),
+        ("hardware", "hardwear", "unknown key 'hardwear'; did you mean 'hardware'?"),
         ('hardware = "a laptop"\n', "", "'hardware' is missing"),
         ("runs_per_arm = 2", 'runs_per_arm = "2"', "runs_per_arm: str is not an instance of int"),
-        ("tolerance", "tolerence", "there is no key 'rule.tolerence'; did you mean 'tolerance'?"),
+        ("tolerance", "tolerence", "unknown key 'rule.tolerence'; did you mean 'tolerance'?"),
         ('arm = "ours"', 'arm = "our"', "rule.arm: there is no arm 'our'; did you mean 'ours'?"),
-        ("tolerance = 0.01", "minimum = 2.0", "a rule of kind 'at_least' takes a tolerance and no minimum"),
+        (
+            "tolerance = 0.01",
+            "minimum = 2.0",
+            "a rule of kind 'at_least' needs 'tolerance' and must not have 'minimum'",
+        ),
         ('"at_least"', '"atleast"', "rule.kind"),
-        ("checked = true", "checked", "is not TOML"),
+        ("checked = true", "checked", "is not valid TOML"),
     ],
 )
 def test_mistakes_in_a_claim_are_named(tmp_path, old, new, message):
@@ -155,7 +166,7 @@ def test_a_metric_that_a_run_did_not_end_with_is_named(tmp_path):
 def test_a_folder_of_no_arm_is_an_error(tmp_path):
     folder = make_experiment(tmp_path)
     make_run(folder / "runs" / "our" / "seed-0")
-    with pytest.raises(UserError, match=r"belongs to no arm of claim\.toml; did you mean 'ours'"):
+    with pytest.raises(UserError, match=r"matches no arm of claim\.toml; did you mean 'ours'"):
         ledger.load(folder)
 
 
@@ -181,7 +192,7 @@ def test_record_copies_into_an_arm_and_replaces(tmp_path, capsys):
     [
         ("one/our", "one has no arm 'our'; did you mean 'ours'?"),
         ("one", "one has no arm ''; there are: ours, theirs"),
-        ("onn", "onn is no experiment (it has no claim.toml); did you mean 'one'?"),
+        ("onn", "onn is not an experiment (it has no claim.toml); did you mean 'one'?"),
     ],
 )
 def test_record_names_what_is_wrong_with_its_target(tmp_path, into, message):
@@ -243,7 +254,7 @@ def test_committed_pages_are_what_the_records_say(tmp_path):
     root = shutil.copytree(PROJECT / "experiments", tmp_path / "experiments")
     shutil.copy(PROJECT / "README.md", tmp_path / "README.md")
     names = ledger.write(root)
-    pages = ["README.md", *(f"experiments/{name}/README.md" for name in names)]
+    pages = ["README.md", "experiments/README.md", *(f"experiments/{name}/README.md" for name in names)]
     stale = [page for page in pages if (tmp_path / page).read_text() != (PROJECT / page).read_text()]
     assert not stale, "run `python -m research.report --ledger` and commit what it writes"
     linked = [name for name in names if "results.png" in (PROJECT / f"experiments/{name}/README.md").read_text()]

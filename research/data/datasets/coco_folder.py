@@ -66,7 +66,7 @@ class CocoFolderConfig(tfds.core.BuilderConfig):
     broken: str = "error"
 
     def __post_init__(self) -> None:
-        """Checks the settings and names them with the files, so that what has changed is prepared anew."""
+        """Check the settings and name them with the files, so that what has changed is prepared anew."""
         if self.broken not in BROKEN:
             raise UserError(f"broken: no '{self.broken}'{nearest(self.broken, BROKEN)}")
         rows.check_held_out(self.held_out, self.files)
@@ -134,7 +134,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def load(config: CocoFolderConfig) -> tuple[dict[str, list[Picture]], dict[int, str]]:
-    """Reads all annotations and decodes every image once.
+    """Read all annotations and decode every image once.
 
     Returns:
       Split -> the images that are whole, with the boxes that can be right; category id -> name, by ascending ids.
@@ -169,7 +169,7 @@ def load(config: CocoFolderConfig) -> tuple[dict[str, list[Picture]], dict[int, 
 
 
 def _identity(folder: pathlib.Path, annotations: pathlib.Path) -> list[Any]:
-    """Returns what changes when the files do."""
+    """Return what changes when the files do."""
     if not folder.is_dir():
         raise UserError(f"images: '{folder}' is no folder")
     if not annotations.is_file():
@@ -182,7 +182,7 @@ def _identity(folder: pathlib.Path, annotations: pathlib.Path) -> list[Any]:
 
 
 def _read(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns the lists of a file of annotations."""
+    """Return the lists of a file of annotations."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -199,7 +199,7 @@ def _read(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _categories(content: Mapping[str, list[dict[str, Any]]], path: pathlib.Path) -> dict[int, str]:
-    """Returns id -> name, by ascending ids; categories of the same name are told apart by their ids."""
+    """Return id -> name, by ascending ids; categories of the same name are told apart by their ids."""
     found: dict[int, str] = {}
     for entry in content["categories"]:
         number, name = entry.get("id"), entry.get("name")
@@ -213,7 +213,7 @@ def _categories(content: Mapping[str, list[dict[str, Any]]], path: pathlib.Path)
 
 
 def _agree(names: Mapping[int, str], others: Mapping[int, str], path: pathlib.Path) -> None:
-    """Raises a UserError where a file of annotations has other categories than the training file."""
+    """Raise a UserError where a file of annotations has other categories than the training file."""
     for number, name in others.items():
         if names.get(number) != name:
             there = f"'{names[number]}'" if number in names else "none"
@@ -227,7 +227,7 @@ def _pictures(
     categories: Mapping[int, str],
     problems: Problems,
 ) -> list[Picture]:
-    """Returns the images in the order of the file, each with its objects; what cannot be used goes to `problems`."""
+    """Return the images in the order of the file, each with its objects; what cannot be used goes to `problems`."""
     found: dict[Any, Picture] = {}
     for position, entry in enumerate(content["images"]):
         number, name = entry.get("id"), entry.get("file_name")
@@ -250,7 +250,7 @@ def _pictures(
 
 
 def _wrong(entry: Mapping[str, Any], picture: Picture | None, categories: Mapping[int, str]) -> str:
-    """Returns what is wrong with an annotation, if anything is."""
+    """Return what is wrong with an annotation, if anything is."""
     if picture is None:
         return f" is of image {entry.get('image_id')}, which is not there"
     of = f" of '{picture.name}'"
@@ -267,7 +267,7 @@ def _wrong(entry: Mapping[str, Any], picture: Picture | None, categories: Mappin
 
 
 def _within(picture: Picture, problems: Problems) -> Picture:
-    """Returns an image whose size is known, without boxes that lie outside of it."""
+    """Return an image whose size is known, without boxes that lie outside of it."""
     assert picture.size is not None
     height, width = picture.size
     inside = []
@@ -282,7 +282,7 @@ def _within(picture: Picture, problems: Problems) -> Picture:
 
 
 def _refuse(problems: Problems, broken: str) -> None:
-    """Raises a UserError that names what is wrong, or warns of it."""
+    """Raise a UserError that names what is wrong, or warns of it."""
     if not problems:
         return
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -294,7 +294,7 @@ def _refuse(problems: Problems, broken: str) -> None:
 
 
 def _check(pictures: Sequence[Picture]) -> Iterator[Checked]:
-    """Decodes every image once."""
+    """Decode every image once."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(pictures), AT_ONCE):
             yield from pool.map(_check_one, pictures[start : start + AT_ONCE])
@@ -315,7 +315,7 @@ def _check_one(picture: Picture) -> Checked:
 
 
 def _feature(found: Mapping[str, Any], size: tuple[int, int] | None, numbers: Mapping[int, int]) -> dict[str, Any]:
-    """Returns an object as it is stored, its box clipped to the image."""
+    """Return an object as it is stored, its box clipped to the image."""
     assert size is not None
     height, width = size
     x, y, w, h = found["bbox"]

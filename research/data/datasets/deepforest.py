@@ -97,7 +97,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def examples(folder: pathlib.Path, region: Region) -> Iterator[dict[str, Any]]:
-    """Yields the tiles of a region, row by row, with their trees."""
+    """Yield the tiles of a region, row by row, with their trees."""
     picture = PIL.Image.open(folder / f"{region.image}.png").convert("RGB")
     sides = np.array([picture.height, picture.width])
     trees = read(folder / f"{region.image}.xml") / np.tile(sides, 2)
@@ -119,14 +119,14 @@ def examples(folder: pathlib.Path, region: Region) -> Iterator[dict[str, Any]]:
 
 
 def spans(start: int, end: int, shift: bool) -> list[tuple[int, int]]:
-    """Cuts a range into parts of about TILE; with `shift`, those from middle to middle of these come too."""
+    """Cut a range into parts of about TILE; with `shift`, those from middle to middle of these come too."""
     edges = np.linspace(start, end, max(round((end - start) / TILE), 1) + 1).round().astype(int).tolist()
     middles = [(a + b) // 2 for a, b in itertools.pairwise(edges)] if shift else []
     return [*itertools.pairwise(edges), *itertools.pairwise(middles)]
 
 
 def read(path: pathlib.Path) -> np.ndarray:
-    """Returns the boxes (top, left, bottom, right) in a Pascal VOC file, in pixels, float [n, 4]."""
+    """Return the boxes (top, left, bottom, right) in a Pascal VOC file, in pixels, float [n, 4]."""
     try:
         found = [
             [float(box.findtext(key, "")) for key in ("ymin", "xmin", "ymax", "xmax")]

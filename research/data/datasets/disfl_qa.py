@@ -64,7 +64,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the examples of a file of lines of `passage`, `question` and `answer`.
+    """Yield the examples of a file of lines of `passage`, `question` and `answer`.
 
     Raises:
       UserError: a line lacks one of them, or its answer is not in its passage; it is named.
@@ -86,7 +86,7 @@ def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def locate(passage: str, answer: str) -> tuple[int, int] | None:
-    """Returns from where to where `answer` stands in `passage`, whatever the spaces and the case; None if nowhere.
+    """Return from where to where `answer` stands in `passage`, whatever the spaces and the case; None if nowhere.
 
     The first place between words is taken, else the first of all.
     """

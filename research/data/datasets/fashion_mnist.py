@@ -63,7 +63,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def files(dl_manager: Any, manual: pathlib.Path) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
-    """Returns split -> (file of images, file of labels)."""
+    """Return split -> (file of images, file of labels)."""
     if manual.is_dir():
         return _found(manual)
     try:
@@ -84,7 +84,7 @@ def _names() -> dict[str, tuple[str, str]]:
 
 
 def _found(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
-    """Returns the files in a folder, compressed or not; raises UserError, which names it, where one is missing."""
+    """Return the files in a folder, compressed or not; raise UserError, which names it, where one is missing."""
     found = {}
     for split, names in _names().items():
         images, labels = (_present(folder / name) for name in names)
@@ -100,7 +100,7 @@ def _present(path: pathlib.Path) -> pathlib.Path:
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
-    """Returns the array of unsigned bytes in an idx file, compressed or not; raises UserError where it holds none."""
+    """Return the array of unsigned bytes in an idx file, compressed or not; raise UserError where it holds none."""
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
         try:

@@ -78,7 +78,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def scene(rng: np.random.Generator, images: np.ndarray, choice: range) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Draws a scene.
+    """Draw a scene.
 
     Args:
       rng: where all that is random comes from.
@@ -103,7 +103,7 @@ def scene(rng: np.random.Generator, images: np.ndarray, choice: range) -> tuple[
 
 
 def cut_out(picture: np.ndarray, scale: float) -> np.ndarray:
-    """Returns a garment in another size, without the empty rows and columns around it."""
+    """Return a garment in another size, without the empty rows and columns around it."""
     side = round(scale * len(picture))
     resized = np.asarray(PIL.Image.fromarray(picture).resize((side, side), PIL.Image.Resampling.BILINEAR))
     rows, columns = np.nonzero(resized)
@@ -111,14 +111,14 @@ def cut_out(picture: np.ndarray, scale: float) -> np.ndarray:
 
 
 def paste(picture: np.ndarray, place: tuple[int, int], number: int, pixels: np.ndarray, owner: np.ndarray) -> None:
-    """Puts a garment's pixels, those that are not 0, with its top and left at `place`; changes the two arrays."""
+    """Put a garment's pixels, those that are not 0, with its top and left at `place`; changes the two arrays."""
     window = tuple(slice(start, start + length) for start, length in zip(place, picture.shape))
     pixels[window][picture > 0] = picture[picture > 0]
     owner[window][picture > 0] = number
 
 
 def background(rng: np.random.Generator) -> np.ndarray:
-    """Draws a background of clouds and grain, uint8 [SIZE, SIZE], nowhere 0."""
+    """Draw a background of clouds and grain, uint8 [SIZE, SIZE], nowhere 0."""
     coarse = PIL.Image.fromarray(rng.uniform(-1, 1, (6, 6)).astype(np.float32))
     clouds = np.asarray(coarse.resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC))
     light = rng.uniform(30, 100) + rng.uniform(5, 35) * clouds
@@ -126,7 +126,7 @@ def background(rng: np.random.Generator) -> np.ndarray:
 
 
 def boxes(owner: np.ndarray, count: int) -> list[tuple[float, float, float, float]]:
-    """Returns (top, left, bottom, right), as shares, of the pixels that show each garment."""
+    """Return (top, left, bottom, right), as shares, of the pixels that show each garment."""
     found = []
     for number in range(count):
         rows, columns = np.nonzero(owner == number)
@@ -136,7 +136,7 @@ def boxes(owner: np.ndarray, count: int) -> list[tuple[float, float, float, floa
 
 
 def _place(rng: np.random.Generator, mask: np.ndarray, owner: np.ndarray, totals: list[int]) -> tuple[int, int] | None:
-    """Draws the top and left of a garment, bool [h, w], where it hides too much of no other; None if that fails.
+    """Draw the top and left of a garment, bool [h, w], where it hides too much of no other; None if that fails.
 
     `totals` are the pixels that the others have, be they hidden or not.
     """

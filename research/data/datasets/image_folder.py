@@ -49,7 +49,7 @@ class ImageFolderConfig(tfds.core.BuilderConfig):
     files: dict[str, list[File]] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Checks the settings, finds the files and names all that, so that what has changed is prepared anew."""
+        """Check the settings, find the files and name all that, so that what has changed is prepared anew."""
         if self.broken not in BROKEN:
             raise UserError(f"broken: no '{self.broken}'{nearest(self.broken, BROKEN)}")
         if len(set(self.labels)) < len(self.labels):
@@ -93,7 +93,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def find(folder: pathlib.Path) -> dict[str, list[File]]:
-    """Returns split -> images, those of a folder of classes as "train"; the files are not read.
+    """Return split -> images, those of a folder of classes as "train"; the files are not read.
 
     Raises:
       UserError: these are no folders of images by class.
@@ -116,7 +116,7 @@ def find(folder: pathlib.Path) -> dict[str, list[File]]:
 
 
 def load(config: ImageFolderConfig) -> tuple[dict[str, list[File]], list[str]]:
-    """Decodes every image once.
+    """Decode every image once.
 
     Returns:
       Split -> the images that are whole; the label names.
@@ -145,7 +145,7 @@ def load(config: ImageFolderConfig) -> tuple[dict[str, list[File]], list[str]]:
 
 
 def _labels(config: ImageFolderConfig) -> list[str]:
-    """Returns the class names in order; all images have one of them."""
+    """Return the class names in order; all images have one of them."""
     known = list(config.labels) or _sorted({file.label for file in config.files["train"]})
     if len(known) < 2:
         raise UserError(f"'{config.folder}' holds the one class '{known[0]}' only")
@@ -157,7 +157,7 @@ def _labels(config: ImageFolderConfig) -> list[str]:
 
 
 def _sorted(names: set[str]) -> list[str]:
-    """Returns names in order: as numbers if all of them are whole numbers."""
+    """Return names in order: as numbers if all of them are whole numbers."""
     try:
         return sorted(names, key=int)
     except ValueError:
@@ -165,7 +165,7 @@ def _sorted(names: set[str]) -> list[str]:
 
 
 def _by_class(place: pathlib.Path, folder: pathlib.Path) -> list[File]:
-    """Returns the images in the folders of classes at `place`."""
+    """Return the images in the folders of classes at `place`."""
     found: list[File] = []
     for inner in _folders(place):
         paths, _ = image.files(inner)
@@ -190,7 +190,7 @@ def _stat(path: pathlib.Path) -> tuple[int, int]:
 
 
 def _warn_of_others(config: ImageFolderConfig) -> None:
-    """Names the files that are no images of a class, by their names and places."""
+    """Name the files that are no images of a class, by their names and places."""
     read = {file.path for some in config.files.values() for file in some}
     others = [str(path) for some in image.files(config.folder) for path in some if path not in read]
     if others:
@@ -199,7 +199,7 @@ def _warn_of_others(config: ImageFolderConfig) -> None:
 
 
 def _check(files: Sequence[File]) -> Iterator[tuple[str, str]]:
-    """Yields for each file a hash of its content and what is wrong with its image, if anything is."""
+    """Yield for each file a hash of its content and what is wrong with its image, if anything is."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(files), AT_ONCE):
             yield from pool.map(_check_one, files[start : start + AT_ONCE])

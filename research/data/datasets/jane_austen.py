@@ -84,7 +84,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def read(path: pathlib.Path) -> dict[str, list[str]]:
-    """Returns novel -> its lines, from the records of an R lazy-load file, each of which begins with its title.
+    """Return novel -> its lines, from the records of an R lazy-load file, each of which begins with its title.
 
     Raises:
       UserError: a record is no vector of lines, or the novels are others.
@@ -96,7 +96,7 @@ def read(path: pathlib.Path) -> dict[str, list[str]]:
 
 
 def chapters(lines: Sequence[str]) -> list[str]:
-    """Splits a novel before every heading of a chapter; a volume's heading goes with its first chapter."""
+    """Split a novel before every heading of a chapter; a volume's heading goes with its first chapter."""
     starts = [i for i, line in enumerate(lines) if _CHAPTER.fullmatch(line.strip())]
     for index, start in enumerate(starts):
         above = next((i for i in range(start - 1, -1, -1) if lines[i].strip()), 0)
@@ -107,13 +107,13 @@ def chapters(lines: Sequence[str]) -> list[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """Returns the paragraphs of at least `LEAST_WORDS` words, on one line each."""
+    """Return the paragraphs of at least `LEAST_WORDS` words, on one line each."""
     every = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
     return [paragraph for paragraph in every if len(paragraph.split()) >= LEAST_WORDS]
 
 
 def _records(path: pathlib.Path) -> Iterator[list[str]]:
-    """Yields the values of a lazy-load file: after four bytes of its size, each is a zlib stream."""
+    """Yield the values of a lazy-load file: after four bytes of its size, each is a zlib stream."""
     rest = path.read_bytes()
     while rest:
         stream = zlib.decompressobj()
@@ -126,7 +126,7 @@ def _records(path: pathlib.Path) -> Iterator[list[str]]:
 
 
 def _strings(value: bytes) -> list[str]:
-    """Reads a character vector in R's serialisation: big-endian, version 3, which names its encoding."""
+    """Read a character vector in R's serialisation: big-endian, version 3, which names its encoding."""
     magic, version, _, _, size = struct.unpack_from(">2sIIII", value)
     if (magic, version) != (b"X\n", 3):
         raise ValueError("another format than version 3 of R's XDR")

@@ -71,7 +71,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def pairs(source: pathlib.Path, target: pathlib.Path) -> Iterator[Pair]:
-    """Yields the paragraphs of the pages that two folders share, in the order of the pages' names.
+    """Yield the paragraphs of the pages that two folders share, in the order of the pages' names.
 
     Raises:
       UserError: the folders share no page.
@@ -92,7 +92,7 @@ def pairs(source: pathlib.Path, target: pathlib.Path) -> Iterator[Pair]:
 
 
 def paragraphs(page: str) -> dict[str, str]:
-    """Returns id -> text of the paragraphs of a page."""
+    """Return id -> text of the paragraphs of a page."""
     parser = _Paragraphs()
     parser.feed(page)
     parser.close()
@@ -100,7 +100,7 @@ def paragraphs(page: str) -> dict[str, str]:
 
 
 def without_leaks(every: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """Splits pairs by file; leaves those out of a split that are nearly the same as one that judges it."""
+    """Split pairs by file; leaves those out of a split that are nearly the same as one that judges it."""
     splits: dict[str, list[Pair]] = {"train": [], "validation": [], "test": []}
     for pair in every:
         share = int(hashlib.sha256(pair[2].encode()).hexdigest(), 16) % 20
@@ -113,7 +113,7 @@ def without_leaks(every: Sequence[Pair]) -> dict[str, list[Pair]]:
 
 
 def _normalise(text: str) -> str:
-    """Returns the words in lower case, with every number the same."""
+    """Return the words in lower case, with every number the same."""
     return " ".join(re.sub(r"\d+", "0", re.sub(r"[\W_]+", " ", text.lower())).split())
 
 

@@ -63,7 +63,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the rated snippets of a file of `id TAB rating TAB text` lines, in ascending id.
+    """Yield the rated snippets of a file of `id TAB rating TAB text` lines, in ascending id.
 
     Raises:
       UserError: a line has other fields; it is named.

@@ -49,7 +49,7 @@ class TableConfig(tfds.core.BuilderConfig):
     held_out: float = 0.0
 
     def __post_init__(self) -> None:
-        """Checks the settings and names them, so that an edited file is never served from the cache."""
+        """Check the settings and name them, so that an edited file is never served from the cache."""
         if self.kind not in KINDS:
             raise UserError(f"kind: no '{self.kind}'{nearest(self.kind, KINDS)}")
         if len(self.text) not in (1, 2):
@@ -111,7 +111,7 @@ with tfds.core.registered.skip_registration():  # found by its module's name, se
 
 
 def load(config: TableConfig) -> tuple[dict[str, list[rows.Row]], list[str]]:
-    """Reads a table's files.
+    """Read a table's files.
 
     Returns:
       Split -> rows of `text`, `text_pair` and `label` (a name, a list of names, or a number); the label names.
@@ -180,7 +180,7 @@ def _unify(splits: Mapping[str, Sequence[rows.Row]], given: Sequence[str]) -> No
 
 
 def _discover(examples: Sequence[rows.Row]) -> list[str]:
-    """Returns the labels of rows, sorted: as numbers if all of them are whole numbers."""
+    """Return the labels of rows, sorted: as numbers if all of them are whole numbers."""
     labels = {label for _, example in examples for label in _as_list(example["label"])}
     try:
         return sorted(labels, key=int)
@@ -189,7 +189,7 @@ def _discover(examples: Sequence[rows.Row]) -> list[str]:
 
 
 def _examples(path: pathlib.Path, config: TableConfig, problems: list[str]) -> Iterator[rows.Row]:
-    """Yields what the task needs of each good row; what is wrong with the others goes to `problems`."""
+    """Yield what the task needs of each good row; what is wrong with the others goes to `problems`."""
     wanted = (*config.text, config.label)
     for line, row in rows.read(path, wanted, problems, config.columns, config.quoted):
         try:
