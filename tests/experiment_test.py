@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from research import evaluate, export, predict, train
-from research.data import tokenizer
+from research.data import tokenizer, tokenizer_training
 from research.errors import UserError
 from research.experiment import Experiment
 from research.reporting.record import Record, load_config, write_json
@@ -56,7 +56,7 @@ def only_kept(monkeypatch):
         def fail(*_, **__):
             raise AssertionError("it trained the tokenizer again")
 
-        monkeypatch.setattr(tokenizer, "train", fail)
+        monkeypatch.setattr(tokenizer_training, "train", fail)
 
     return forbid
 
