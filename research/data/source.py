@@ -239,10 +239,10 @@ def _data_dir(data_dir: str | None) -> str:
 
 def _source(make: Callable[[], DatasetBuilder], name: str, split: str) -> Source:
     """Open a split of the dataset of the builder that `make` makes."""
-    builder = make()
+    builder = _made(make)
     if not builder.data_path.exists():
         _prepare(builder, name)
-        builder = make()  # reads what was prepared, be it by this process or by another one
+        builder = _made(make)  # reads what was prepared, be it by this process or by another one
     try:
         records = builder.as_data_source(split, decoders=_encoded_images(builder.info.features))
     except NotImplementedError:
@@ -262,6 +262,12 @@ def _source(make: Callable[[], DatasetBuilder], name: str, split: str) -> Source
         _text_tree(builder.info.features) or {},
         getattr(builder, "multi_hot", ()),
     )
+
+
+def _made(make: Callable[[], DatasetBuilder]) -> DatasetBuilder:
+    """Return a builder that does not look for metadata in TFDS's bucket, which leaves a temporary folder each time."""
+    with mock.patch.object(tensorflow_datasets.core.DatasetInfo, "initialize_from_bucket"):
+        return make()
 
 
 def _prepare(builder: DatasetBuilder, name: str) -> None:
