@@ -199,7 +199,7 @@ class Experiment:
     def abstract_state(self) -> step.TrainState:
         """The train state's shapes, dtypes and shardings."""
         shapes = jax.eval_shape(self.init_state)
-        placed = sharding.shardings(shapes, self.mesh)
+        placed = sharding.state_shardings(shapes, self.mesh, self._section("mesh").get("shard_optimizer", False))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
     @property

@@ -41,14 +41,16 @@ LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
-    """Returns a mesh over all devices of all processes.
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, shard_optimizer: bool = False) -> Mesh:
+    """Return a mesh over all devices of all processes.
 
     Args:
       data: groups of devices that hold the same parameters and different examples; -1 takes what the others leave.
       fsdp: devices over which parameters and examples are both split (fully sharded data parallelism).
       model: devices over which the width of the layers is split (tensor parallelism).
+      shard_optimizer: see `state_shardings`; the mesh is the same.
     """
+    del shard_optimizer  # `Experiment` reads it where it places the state
     sizes, count = [data, fsdp, model], jax.device_count()
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"config.mesh: sizes must be positive, one at most -1; they are {dict(zip(AXES, sizes))}")
@@ -60,22 +62,76 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """Returns the NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs.
+    """Return the NamedSharding of every leaf of a tree of parameters, as arrays or ShapeDtypeStructs.
 
     A dimension that its axis does not divide is replicated, and a line in the log says so.
     """
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: _by_rule(_path(keys), leaf.shape, mesh, rules), tree)
+
+
+def state_shardings(state: Any, mesh: Mesh, shard_optimizer: bool = False, rules: Rules = RULES) -> Any:
+    """Return the NamedSharding of every leaf of a train state, whose parameters are `state.params`.
+
+    What an optimizer keeps of a parameter has a path that ends in the parameter's. It is split as the parameter is; of
+    statistics of rows or columns (Shazeer 2018, section 3) the dimensions that are left are; all else is replicated.
+
+    Args:
+      state: a TrainState of arrays or ShapeDtypeStructs.
+      mesh: the devices.
+      shard_optimizer: whether to split the optimizer's state over "data" too, along the first dimension that can be
+        (Rajbhandari 2019, the first stage of ZeRO).
+      rules: of the parameters.
+    """
+    placed = shardings(state.params, mesh, rules)
+    known = {
+        _path(keys): (leaf.shape, sharding.spec)
+        for (keys, leaf), sharding in zip(jax.tree.leaves_with_path(state.params), jax.tree.leaves(placed))
+    }
 
     def of_leaf(keys: tuple, leaf: Any) -> NamedSharding:
-        path = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
-        spec = next(spec for pattern, spec in rules if re.search(pattern, path))
-        axes = (None,) * (leaf.ndim - len(spec)) + tuple(spec)[max(len(spec) - leaf.ndim, 0) :]
-        fits = [a if a is None or n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape)]
-        for axis, size, kept in zip(axes, leaf.shape, fits):
-            if axis and not kept:
-                logging.info("%s: %d is not divisible by the mesh's %s; replicated", path, size, axis)
-        return NamedSharding(mesh, P(*fits))
+        parts = _path(keys).split("/")
+        owner = next((known[path] for i in range(len(parts)) if (path := "/".join(parts[i:])) in known), None)
+        spec = _kept(leaf.shape, *owner) if owner else P()
+        if shard_optimizer and owner:
+            spec = _over_data(leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+    replicas = jax.tree.map(lambda _: replicated(mesh), state)
+    opt_state = jax.tree_util.tree_map_with_path(of_leaf, state.opt_state)
+    return replicas.replace(params=placed, opt_state=opt_state)
+
+
+def _path(keys: tuple) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+
+
+def _by_rule(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
+    spec = next(spec for pattern, spec in rules if re.search(pattern, path))
+    axes = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(len(spec) - len(shape), 0) :]
+    fits = [a if a is None or n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape)]
+    for axis, size, kept in zip(axes, shape, fits):
+        if axis and not kept:
+            logging.info("%s: %d is not divisible by the mesh's %s; replicated", path, size, axis)
+    return NamedSharding(mesh, P(*fits))
+
+
+def _kept(shape: tuple[int, ...], owner: tuple[int, ...], spec: P) -> P:
+    """Return how to split what has the shape of its parameter, or lacks one of its dimensions."""
+    axes = tuple(spec) + (None,) * (len(owner) - len(spec))
+    if shape == owner:
+        return spec
+    for gone in range(len(owner)):
+        if shape == owner[:gone] + owner[gone + 1 :]:
+            return P(*axes[:gone], *axes[gone + 1 :])
+    return P()
+
+
+def _over_data(shape: tuple[int, ...], spec: P, mesh: Mesh) -> P:
+    axes = list(spec) + [None] * (len(shape) - len(spec))
+    for i, size in enumerate(shape):
+        if axes[i] is None and size % mesh.shape["data"] == 0:
+            return P(*axes[:i], "data", *axes[i + 1 :])
+    return spec
 
 
 def over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +170,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """Raises UserError unless every device gets the same number of rows of every microbatch."""
+    """Raise UserError unless every device gets the same number of rows of every microbatch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
     parts = math.lcm(parts, jax.process_count())
     if batch_size % parts or batch_size < 1:
@@ -125,12 +181,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Return the sharding of what every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh, padding: Mapping[str, float]) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on its devices, as a part of the global batch.
+    """Put this process's rows of a batch on its devices, as a part of the global batch.
 
     Args:
       batch: numpy arrays [B / processes, ...].
@@ -147,6 +203,6 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh, padding: Mapping[str, flo
 
 
 def pad(rows: np.ndarray, length: int, fill: float) -> np.ndarray:
-    """Fills the second axis of [B, T, ...] up to `length`."""
+    """Fill the second axis of [B, T, ...] up to `length`."""
     widths = [(0, 0), (0, length - rows.shape[1])] + [(0, 0)] * (rows.ndim - 2)
     return np.pad(rows, widths, constant_values=fill)
