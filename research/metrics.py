@@ -1,4 +1,4 @@
-"""Sums and counts until the last moment, so that no metric depends on how a batch was split, padded or spread."""
+"""Metrics as sums and counts, independent of how a batch is split, padded or sharded."""
 
 import functools
 import operator
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Mean:
-    """A mean that is not divided yet.
+    """A mean kept as a sum and a count, which can be merged.
 
     Attributes:
       total: float32 scalar, the sum of the values.
-      count: float32 scalar, how many there are.
+      count: float32 scalar, the number of values.
     """
 
     total: jax.Array
@@ -23,7 +23,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: jax.Array, mask: jax.Array) -> "Mean":
-        """Sum `values` where `mask`, of the same shape, is not 0; masked values may be anything, NaN too."""
+        """Sum `values` where `mask`, of the same shape, is not 0; masked values may be NaN."""
         kept = jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0)
         return cls(total=kept.sum(), count=mask.astype(jnp.float32).sum())
 
@@ -36,6 +36,6 @@ class Mean:
 
 
 def merge(means: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
-    """Add up the means of several batches, name by name."""
+    """Merge the means of several batches by name."""
     means = list(means)
     return {name: functools.reduce(operator.add, [m[name] for m in means]) for name in means[0]}

@@ -1,12 +1,12 @@
-"""Compares runs, and keeps the ledger of reproduced results.
+"""Compares runs and generates the pages of recorded experiments.
 
   python -m research.report RUN [RUN ...]        the config keys that differ, the results, the curves
   python -m research.report --record RUN [RUN ...] --into experiments/NAME[/ARM]
-                                                 copies the records of runs into the ledger
-  python -m research.report --ledger             writes the ledger's pages and figures, and its table in README.md
+                                                 copies the records of runs into an experiment
+  python -m research.report --ledger             generates the experiments' pages, figures and tables
 
 A RUN is the --workdir of a finished run. Runs that differ only in their seed are shown together, as mean ± sample
-deviation. Exit status: 0 done; 2 your mistake, said in one line.
+deviation. Exit status: 0 done; 2 a mistake of yours, in one line.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from research.errors import UserError, nearest
 from research.reporting import figures, ledger, runs
 from research.reporting.runs import Run
 
-# Which options each of the three uses takes.
+# The options of each use.
 OPTIONS = {"compare": ("figure", "metrics"), "record": ("into",), "ledger": ("root",)}
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows how")
+        raise UserError(f"{message}; see --help")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,12 +48,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", type=pathlib.Path, help="the folder of a finished run")
     use = parser.add_mutually_exclusive_group()
-    use.add_argument("--record", dest="use", action="store_const", const="record", help="copy records into the ledger")
-    use.add_argument("--ledger", dest="use", action="store_const", const="ledger", help="write the ledger's pages")
+    use.add_argument(
+        "--record", dest="use", action="store_const", const="record", help="copy records into an experiment"
+    )
+    use.add_argument(
+        "--ledger", dest="use", action="store_const", const="ledger", help="generate the pages of experiments"
+    )
     parser.add_argument("--figure", type=pathlib.Path, help="comparing: the PNG to write (default: comparison.png)")
     parser.add_argument("--metrics", help="comparing: only the metrics that match this regular expression")
     parser.add_argument("--into", type=pathlib.Path, help="recording: experiments/NAME, or an arm of it")
-    parser.add_argument("--root", type=pathlib.Path, help="the ledger's folder (default: experiments)")
+    parser.add_argument("--root", type=pathlib.Path, help="the folder of the experiments (default: experiments)")
     return parser.parse_args(argv)
 
 
@@ -61,7 +65,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     use = arguments.use or "compare"
     for name in [name for names in OPTIONS.values() for name in names if name not in OPTIONS[use]]:
         if getattr(arguments, name) is not None:
-            raise UserError(f"--{name} does not go with {'comparing runs' if use == 'compare' else f'--{use}'}")
+            raise UserError(f"--{name} cannot be combined with {'comparing runs' if use == 'compare' else f'--{use}'}")
     if bool(arguments.runs) == (use == "ledger"):
         raise UserError("name the folders of finished runs" if arguments.use != "ledger" else "--ledger takes no RUN")
     found = [runs.load(path) for path in arguments.runs]
@@ -78,16 +82,16 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
 
 def compare(found: Sequence[Run], pattern: str | None, figure: pathlib.Path) -> None:
-    """Print how runs differ and what they reached, and draw their curves.
+    """Print the differences and results of runs and draw their curves.
 
     Args:
-      found: the runs.
-      pattern: a regular expression that chooses metrics, in the table and in the figure; None: all in the table, the
-        usual ones in the figure.
+      found: the runs to compare.
+      pattern: a regular expression that chooses metrics, in the table and in the figure; None: all in the table, a
+        default set in the figure.
       figure: the PNG file to write.
 
     Raises:
-      UserError: the pattern is wrong or matches nothing, or a run is named twice.
+      UserError: the pattern is invalid or matches nothing, or a run is given twice.
     """
     names = runs.labels(found)
     groups = {_group_name(members, names): members for members in runs.group_by_config(found)}
@@ -122,7 +126,7 @@ def _matching(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def _config_table(found: Sequence[Run], groups: dict[str, list[int]]) -> rich.table.Table:
-    """One row for each config key whose values differ; the values of a group's seeds in one cell."""
+    """Return one row per config key whose values differ; the values of a group's seeds share a cell."""
     table = _table("Config: what differs", groups)
     for key in dict.fromkeys(key for run in found for key in run.config):
         values = [repr(run.config[key]) if key in run.config else "-" for run in found]

@@ -1,4 +1,4 @@
-"""The joint between models and the loop: a task is a model, an objective and a way to predict."""
+"""The interface between models and the training loop: a task is a model, an objective and a prediction."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -9,14 +9,14 @@ import numpy as np
 
 from research.metrics import Mean
 
-# Always holds "mask", float32 [B]: 1 for a real example, 0 for one that only fills the batch up.
+# Always holds "mask", float32 [B]: 1 for a real example, 0 for padding.
 Batch = Mapping[str, jax.Array]
 Params = Mapping[str, Any]
 Spec = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Task(Protocol):
-    """What the loop asks of an objective. Implementations are frozen dataclasses around a Linen module."""
+    """What the training loop needs of an objective. Implementations are frozen dataclasses around a Linen module."""
 
     @property
     def model(self) -> nn.Module:
@@ -28,7 +28,7 @@ class Task(Protocol):
         ...
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Return the training loss and what else to log.
+        """Return the training loss and further metrics to log.
 
         The loss is a sum and its count: the step divides once, by the count over all microbatches and devices.
         """
@@ -43,32 +43,32 @@ class Task(Protocol):
         ...
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Return one example's outputs as a person reads them, and as JSON knows them."""
+        """Return one example's outputs in readable, JSON-serialisable form."""
         ...
 
 
 @runtime_checkable
 class DescribesRows(Protocol):
-    """A task that puts its outputs in words by what they were made from, be it one row of an example or several."""
+    """A task that describes its outputs with the rows that they were computed from, one or several per example."""
 
     def describe_rows(
         self, rows: Sequence[Mapping[str, Any]], outputs: Sequence[dict[str, np.ndarray]]
     ) -> dict[str, Any]:
-        """Return one example's outputs as a person reads them.
+        """Return one example's outputs in readable form.
 
         Args:
-          rows: what `Dataset.transform` makes of the example.
-          outputs: what `predict` says of each row.
+          rows: the output of `Dataset.transform` for the example.
+          outputs: the output of `predict` for each row.
         """
         ...
 
 
 @runtime_checkable
 class Borrows(Protocol):
-    """A task with parameters of another run, a teacher's say: `config.init` must bring them, and they must not change.
+    """A task with fixed parameters of another run, such as a teacher's, which `config.init` must load.
 
     Attributes:
-      borrowed: regular expressions of their paths.
+      borrowed: regular expressions that match their paths.
     """
 
     borrowed: tuple[str, ...]

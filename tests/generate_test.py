@@ -239,5 +239,5 @@ def test_tasks_that_cannot_generate(tmp_path):
         node = {"call": f"research.models.bert.{model}", "encoder": encoder}
         node |= {"num_outputs": 2} if model == "SequenceClassifier" else {}
         settings = config(task={"call": f"research.tasks.{task}", "model": node})
-        with pytest.raises(UserError, match=f"{model} cannot generate text; it is no decoder"):
+        with pytest.raises(UserError, match=f"{model} cannot generate text; use a decoder"):
             generate.run(settings, tmp_path, prompt="a")

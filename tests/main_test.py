@@ -123,7 +123,7 @@ OVERRIDES = {
     ),
     "below a class": ("task.call=research.tasks.classification.Classification.x", "config.task.call: no module"),
     "no package": ("task.call=reserch.tasks.X", "config.task.call: no module 'reserch.tasks'; did you"),
-    "no module": ("task.call=Classification", "config.task.call: 'Classification' is not written like package"),
+    "no module": ("task.call=Classification", "config.task.call: 'Classification' is not a valid split package"),
     "not callable": (
         "task.call=research.errors.difflib",
         "'research.errors.difflib' cannot be called",

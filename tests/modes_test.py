@@ -153,7 +153,10 @@ def test_predict_from_standard_input(workdir, capsys, monkeypatch):
     [
         (b'{"text": "a"}\n\n{"text": \n', "--input: line 3 is not JSON: "),
         (b'{"text": "a"}\n["text"]\n', "--input: line 2 is not a JSON object"),
-        (b'{"text": "a"}\n{"txet": "a"}\n', "--input: line 2: an example has no text 'text'; did you mean 'txet'"),
+        (
+            b'{"text": "a"}\n{"txet": "a"}\n',
+            "--input: line 2: an example has no text field 'text'; did you mean 'txet'",
+        ),
         (b'{"text": "a"}\n{"text": 3}\n', "--input: line 2: an example has no text 'text'"),
         (b'{"text": "a\xff"}\n', "--input: line 1 is not JSON: 'utf-8'"),
     ],

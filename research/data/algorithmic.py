@@ -1,4 +1,4 @@
-"""Tasks that are computed, not collected: modular arithmetic, on which generalisation comes long after memorisation.
+"""Algorithmic datasets: modular arithmetic, on which generalisation comes long after memorisation (grokking).
 
 Power et al. (2022), "Grokking: Generalization Beyond Overfitting on Small Algorithmic Datasets".
 """
@@ -24,13 +24,13 @@ def modular_arithmetic(
 
     Args:
       operation: "addition", "subtraction", "multiplication", or "division", which leaves out b = 0.
-      modulus: of the arithmetic; a prime for division.
-      train_share: of the equations, chosen by `seed`; the others are the split "validation".
+      modulus: must be a prime for division.
+      train_share: the fraction of equations for training, chosen by `seed`; the rest is "validation".
       split: "train" or "validation".
-      seed: of the choice.
+      seed: of the random split.
 
     Raises:
-      UserError: an argument is none of these.
+      UserError: an argument is invalid.
     """
     operations: dict[str, Callable[[int, int], int]] = {
         "addition": lambda a, b: (a + b) % modulus,
@@ -39,13 +39,13 @@ def modular_arithmetic(
         "division": lambda a, b: a * pow(b, -1, modulus) % modulus,
     }
     if operation not in operations:
-        raise UserError(f"operation: no '{operation}'{nearest(operation, operations)}")
+        raise UserError(f"operation: unknown '{operation}'{nearest(operation, operations)}")
     if split not in SPLITS:
         raise UserError(f"modular arithmetic has no split '{split}'{nearest(split, SPLITS)}")
     if modulus < 2:
         raise UserError(f"modulus: {modulus} is less than 2")
     if operation == "division" and any(modulus % factor == 0 for factor in range(2, modulus)):
-        raise UserError(f"modulus: {modulus} is no prime, and division needs one")
+        raise UserError(f"modulus: {modulus} is not prime, which division requires")
     compute, first = operations[operation], int(operation == "division")
     pairs = [(a, b) for a in range(modulus) for b in range(first, modulus)]
     size = round(train_share * len(pairs))

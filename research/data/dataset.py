@@ -1,9 +1,9 @@
-"""From a source of examples to batches: read, shuffled, transformed, sorted by length or packed, padded; by Grain.
+"""The input pipeline, on Grain: reads, shuffles and transforms examples, buckets or packs them by length, pads.
 
-The order of training examples is a function of (seed, position) and the same however often a run is interrupted.
+The order of training examples is a function of (seed, position), whether or not a run is interrupted.
 Batches are cut from windows of consecutive shuffled examples. A window is sorted by length, and its batches are padded
-to the least of a few lengths that holds them: little padding, few compiled shapes. Or its documents are packed into
-rows of one length: one shape.
+to the shortest sufficient bucket length: little padding, few compiled shapes. Alternatively, its documents are packed
+into rows of one length, which gives one shape.
 """
 
 import bisect
@@ -25,7 +25,7 @@ from research.errors import UserError, nearest
 from research.task import Spec
 
 Example = dict[str, Any]
-SAMPLE = 4096  # the most examples that are looked at to know the lengths
+SAMPLE = 4096  # maximum number of examples sampled to estimate lengths
 
 
 class Source(Protocol):
@@ -38,30 +38,30 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Examples, and how they become batches.
+    """Examples and the pipeline that batches them.
 
-    Sequences have a side. Where `decoder_input_ids` are among the features, those whose names begin with "decoder_" or
-    "target" are the decoder's, and have a length of their own; all others share one.
+    Sequences have sides. Where `decoder_input_ids` are among the features, those whose names begin with "decoder_" or
+    "target" belong to the decoder and have their own length; all others share one.
 
     Attributes:
       source: random access to examples.
-      features: what goes into a batch; a feature that an example lacks is an error in training and evaluation.
+      features: the features of a batch; a missing one is an error in training and evaluation.
       ops: callables from an example to an example, or to a list of any number of them, always one or always the other;
         applied in turn. One with a parameter `rng` gets a numpy Generator that is a function of (seed, position).
-        One with `padding` makes sequences: feature -> what fills it up. Its `max_length` is their greatest length; for
+        One with `padding` makes sequences: {feature: fill value}. Its `max_length` is their maximum length; for
         those on the decoder's side its `decoder_max_length` comes first. The last op that makes a feature counts.
-      batch_size: global.
-      seed: of the order and of the ops.
-      length_buckets: how many lengths batches may have, chosen to pad least, or the lengths themselves.
-      window: batches that are sorted by length, or packed, together. They are read before the first one is used, and
+      batch_size: the global batch size.
+      seed: for the order and the ops.
+      length_buckets: the number of bucket lengths, chosen to minimise padding, or the lengths themselves.
+      window: the number of batches sorted by length, or packed, together. They are read before the first is used, and
         their number of examples is estimated from a sample where it is not that of the rows. The rows of a window are
-        shared out evenly; what its batches lack, less than one batch together, is filled up with rows of mask 0.
+        distributed evenly; missing rows, fewer than one batch in total, are padding rows with mask 0.
       decoder_length_buckets: the same as `length_buckets` for the decoder's side. The compiled shapes are at most the
         product of both numbers, 12; where long texts have long translations 7 of them occur.
-      pack: length of rows into which sequences are packed, longer ones cut into pieces first; 0 packs nothing. The
+      pack: the length of packed rows; longer sequences are split first; 0 disables packing. The
         features may then hold `attention_mask` (1, 2, ... at the documents of a row, 0 where it is empty) and
         `positions` (from 0 in each document), and `decoder_attention_mask` and `decoder_positions`.
-      pack_decoder: length of the decoder's side of the rows; documents with two sides are not cut.
+      pack_decoder: the decoder length of packed rows; documents with two sides are not split.
     """
 
     source: Source = dataclasses.field(repr=False)  # Grain names its steps by their repr, which would write out a list
@@ -83,7 +83,7 @@ class Dataset:
             self._check_pack()
 
     def _check_pack(self) -> None:
-        """Raise UserError where packing cannot be what is wanted."""
+        """Raise UserError if the settings of packing are inconsistent."""
         if not self.pack:
             raise UserError(f"pack_decoder: {self.pack_decoder} needs `pack`, the length of the encoder's side")
         if not self._sides or all(name in packing.MADE for name in self._sides[0]):
@@ -95,18 +95,20 @@ class Dataset:
             raise UserError(f"pack_decoder: it {wrong}")
         for side, room in zip(self._sides, self._room) if self.pack_decoder else ():
             if (longest := self._longest(side)) is not None and longest > room:
-                raise UserError(f"pack: the ops make {longest} tokens, rows have {room}; two sides are never cut")
+                raise UserError(
+                    f"pack: the ops make {longest} tokens, but packed rows hold {room}, and pairs are never split"
+                )
 
     @functools.cached_property
     def padding(self) -> dict[str, float]:
-        """Feature -> what fills it up, for the features that are sequences."""
+        """The padding value of each feature that is a sequence."""
         every = {name: fill for op in self.ops for name, fill in getattr(op, "padding", {}).items()}
         every |= dict.fromkeys(packing.MADE if self.pack else (), 0)
         return {name: fill for name, fill in every.items() if name in self.features}
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The lengths that batches may have, ascending; empty where nothing is a sequence."""
+        """The bucket lengths, ascending; empty if no feature is a sequence."""
         return self._lengths[0] if self.padding else ()
 
     @functools.cached_property
@@ -119,13 +121,13 @@ class Dataset:
         """Feature -> global shape and dtype of the largest batch."""
         rows = (row for i in range(min(len(self.source), SAMPLE)) for row in self.transform(self.source[i]))
         if (first := next((row for row in rows if not self.pack or any(self._extent(row))), None)) is None:
-            raise UserError(f"config.data.ops: they leave nothing of the first {SAMPLE} examples")
+            raise UserError(f"config.data.ops: they drop all of the first {SAMPLE} examples")
         longest = {name: lengths[-1] for side, lengths in zip(self._sides, self._lengths) for name in side}
         batch = self._packed([first]) if self.pack else self._collate([first | {"mask": np.float32(1)}], longest)
         return {k: jax.ShapeDtypeStruct((self.batch_size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
 
     def transform(self, example: Example, rng: np.random.Generator | None = None) -> list[Example]:
-        """Apply the ops to one example, and each op to all that the one before made of it."""
+        """Return the examples that the ops make of one example, each op applied to all outputs of the one before."""
         rng = rng or np.random.default_rng(0)
         examples = [example]
         for call in self._calls:
@@ -134,37 +136,37 @@ class Dataset:
         return examples
 
     def batches(self) -> grain.DatasetIterator:
-        """Return this process's part of endless shuffled training batches, each epoch in an order of its own.
+        """Return this process's share of an endless stream of training batches, reshuffled every epoch.
 
         The iterator's `get_state` and `set_state` resume it exactly.
         """
         if len(self.source) == 0:
-            raise UserError("the training data hold no example")
-        # Endless but for a length that Grain can still count in windows of one example.
+            raise UserError("config.data: the training data contain no examples")
+        # Effectively endless: the greatest length that Grain can still count in windows of one example.
         indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
         indices = indices.repeat(2**62 // len(self.source))
         part = self._examples(indices)[jax.process_index() :: jax.process_count()]
         return self._iterate(part, self.batch_size // jax.process_count(), train=True)
 
     def epoch(self) -> Iterator[dict[str, np.ndarray]]:
-        """Return this process's part of batches that hold every example once.
+        """Return this process's share of the batches of one epoch, which hold every example exactly once.
 
-        All processes get equally many; what fills them up has mask 0.
+        All processes get the same number of batches; padding rows have mask 0.
         """
         process, local = jax.process_index(), self.batch_size // jax.process_count()
         if self._one_to_one:
             rows = math.ceil(len(self.source) / self.batch_size) * self.batch_size
             part = self._examples(grain.MapDataset.source(range(rows)))[process :: jax.process_count()]
             return self._iterate(part, local, train=False)
-        # How many rows there are shows when they are made: every process makes all, and takes its own of each batch.
+        # The number of rows is known only once they are made: every process makes all and keeps its share.
         own = slice(process * local, (process + 1) * local)
         every = self._examples(grain.MapDataset.source(range(len(self.source))))
         return self._iterate(every, self.batch_size, train=False, own=own)
 
     def rows(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-        """Yield batches of the user's own examples, in order and not packed together (one process only).
+        """Yield batches of given examples, in order and not packed together (one process only).
 
-        Each comes with the index in `examples` of what each of its rows was made from; the last batch may be smaller.
+        Each batch comes with the index in `examples` of each row; the last batch may be smaller.
         """
         made = ((i, row) for i, example in enumerate(examples) for row in self.transform(example))
         while part := list(itertools.islice(made, self.batch_size)):
@@ -176,10 +178,10 @@ class Dataset:
             yield [i for i, _ in part], batch
 
     def _examples(self, indices: grain.MapDataset) -> grain.MapDataset:
-        """Read and transform the examples at `indices`; those beyond the source are fillers.
+        """Read and transform the examples at `indices`; indices beyond the source give padding rows.
 
-        What is drawn depends on the place in `indices`: processes take their parts of what this returns, as they would
-        all draw the same otherwise.
+        Random draws depend on the position in `indices`, so processes slice the result, not `indices`; otherwise all
+        would draw the same numbers.
         """
         return indices.seed(self.seed).random_map(self._read)
 
@@ -187,7 +189,7 @@ class Dataset:
         self, examples: grain.MapDataset, size: int, train: bool, own: slice = slice(None)
     ) -> grain.DatasetIterator:
         """Make batches of `size` rows, of which this process takes its `own`."""
-        _ = self._lengths  # measured once, before there are threads
+        _ = self._lengths  # computed once, before threads start
         windows = examples.batch(self._window_examples(size), batch_fn=list)
         cut = functools.partial(self._cut_packed if self.pack else self._cut_sorted, size=size, train=train, own=own)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 if self.padding else 4)
@@ -207,14 +209,14 @@ class Dataset:
         return [row | {"mask": np.float32(1)} if real else self._filler(row) for row in rows]
 
     def _filler(self, row: Example) -> Example:
-        """Return a row as long, with nothing in its sequences."""
+        """Return a row of the same length that holds only padding."""
         empty = {name: np.full_like(np.asarray(row[name]), fill) for name, fill in self.padding.items() if name in row}
         return row | empty | {"mask": np.float32(0)}
 
     def _cut_sorted(
         self, index: int, window: list[list[Example]], size: int, train: bool, own: slice
     ) -> list[dict[str, np.ndarray]]:
-        """Sort a window by length and cut it into batches; in training their order is shuffled again."""
+        """Sort a window by length and cut it into batches; in training the batches are shuffled."""
         rows = [row for made in window for row in made]
         if self.padding:
             rows.sort(key=self._rank)
@@ -239,7 +241,7 @@ class Dataset:
 
     def _packed(self, examples: Sequence[Example], apart: bool = False) -> dict[str, np.ndarray]:
         sides = self._sides
-        if apart:  # what is predicted for may lack features
+        if apart:  # examples to predict may lack features
             given = [{n: f for n, f in side.items() if n in packing.MADE or n in examples[0]} for side in sides]
             sides = tuple(side for side in given if side.keys() - packing.MADE)
         packed = packing.pack(examples, sides, self._room, apart)
@@ -250,12 +252,12 @@ class Dataset:
         return tuple(max((len(example[name]) for name in side if name in example), default=0) for side in self._sides)
 
     def _rank(self, example: Example) -> tuple[int, ...]:
-        """Return what rows are sorted by: the length; with two sides the bucket of the first, then the other."""
+        """Return the sort key of a row: its length; with two sides the bucket of the first, then the other's length."""
         *first, last = self._extent(example)
         return (*(bisect.bisect_left(lengths, length) for lengths, length in zip(self._lengths, first)), last)
 
     def _bucket(self, examples: Sequence[Example]) -> dict[str, int]:
-        """Return sequence -> the least of its side's lengths that has room for all examples."""
+        """Return {sequence: the shortest bucket length of its side that fits all examples}."""
         extents = [self._extent(example) for example in examples]
         bucket: dict[str, int] = {}
         for side, lengths, found in zip(self._sides, self._lengths, zip(*extents)):
@@ -267,7 +269,7 @@ class Dataset:
     def _collate(
         self, examples: Sequence[Example], lengths: dict[str, int], partial: bool = False
     ) -> dict[str, np.ndarray]:
-        """Stack examples; sequences are padded to `lengths`. `partial` leaves out what one of them lacks."""
+        """Stack examples; sequences are padded to `lengths`. `partial` drops features that an example lacks."""
         names = [n for n in (*self.features, "mask") if not partial or all(n in example for example in examples)]
         for name in names:
             if name not in examples[0]:
@@ -280,12 +282,12 @@ class Dataset:
 
     @functools.cached_property
     def _calls(self) -> tuple[Callable[[Example, np.random.Generator], Any], ...]:
-        """The ops, each with a generator; which of them take it is looked up once, not for every example."""
+        """The ops, each as a function of an example and a generator; signatures are inspected only once."""
         return tuple(with_rng(op) for op in self.ops)
 
     @functools.cached_property
     def _one_to_one(self) -> bool:
-        """Whether every example is a row: nothing is packed, and no op makes a list of the first example."""
+        """Whether every example becomes one row: no packing, and no op makes a list of the first example."""
         if self.pack or not len(self.source):
             return not self.pack
         example, rng = self.source[0], np.random.default_rng(0)
@@ -297,7 +299,7 @@ class Dataset:
 
     @functools.cached_property
     def _sides(self) -> tuple[dict[str, float], ...]:
-        """The `padding` of the sequences that share a length; the decoder's come last. Without sequences no side."""
+        """The `padding` of each side, the decoder's last; empty without sequences."""
         decoder = {n: f for n, f in self.padding.items() if n.startswith(("decoder_", "target"))}
         if "decoder_input_ids" not in decoder:
             decoder = {}
@@ -306,11 +308,11 @@ class Dataset:
 
     @property
     def _room(self) -> tuple[int, ...]:
-        """The length of packed rows, a number for each side."""
+        """The length of packed rows on each side."""
         return (self.pack, self.pack_decoder)[: len(self._sides)]
 
     def _longest(self, side: dict[str, float]) -> int | None:
-        """Return the greatest length of a side's sequences, by what their ops say; None where none does."""
+        """Return the maximum length of a side's sequences as stated by their ops, or None."""
         stated: dict[str, int] = {}
         for op in self.ops:
             own = getattr(op, "decoder_max_length", None) if "decoder_input_ids" in side else None
@@ -335,13 +337,13 @@ class Dataset:
             )
         if isinstance(wanted, tuple):
             if longest > max(wanted):
-                raise UserError(f"{key}: {wanted} has no room for max_length {longest}")
+                raise UserError(f"{key}: {wanted} is shorter than the max_length {longest} of config.data.ops")
             return tuple(sorted(wanted))
         return best_lengths([extent[side] for made in self._sample for extent in made], wanted, longest)
 
     @functools.cached_property
     def _sample(self) -> list[list[tuple[int, ...]]]:
-        """Some examples, or all where there are few: the lengths of the rows that each becomes."""
+        """The lengths of the rows of up to SAMPLE examples."""
         order = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
         chosen = (self.source[order[i]] for i in range(min(len(self.source), SAMPLE)))
         return [[self._extent(row) for row in self.transform(example)] for example in chosen]
@@ -356,7 +358,7 @@ class Dataset:
             lengths = packing.cut(np.array(extents, np.int64).reshape(-1, len(self._sides)).T, self._room)
             rows = int(packing.first_fit(lengths, self._room).max(initial=-1)) + 1
         if not rows:
-            raise UserError(f"config.data.ops: they leave nothing of {len(self._sample)} examples")
+            raise UserError(f"config.data.ops: they drop all of {len(self._sample)} sampled examples")
         return rows / len(self._sample)
 
 
@@ -368,7 +370,7 @@ def with_rng(op: Callable[..., Any]) -> Callable[[Example, np.random.Generator],
 
 
 def _parts(count: int, size: int) -> list[np.ndarray]:
-    """Share out 0..count - 1 in order, in as few parts of at most `size` as there can be, as evenly as can be."""
+    """Split 0..count - 1, in order, into the fewest parts of at most `size`, as evenly as possible."""
     return np.array_split(np.arange(count), math.ceil(count / size)) if count else []
 
 
@@ -390,9 +392,9 @@ def _numbers(value: Any, name: str) -> np.ndarray:
 
 
 def best_lengths(measured: Sequence[int], count: int, longest: int) -> tuple[int, ...]:
-    """Return at most `count` lengths, the last `longest`, that pad a sample of lengths least (dynamic programming)."""
+    """Return at most `count` bucket lengths, the last `longest`, that minimise padding (dynamic programming)."""
     frequency = np.bincount(measured, minlength=longest + 1)[: longest + 1]
-    examples = np.concatenate([[0], np.cumsum(frequency)])  # examples[l]: shorter than l
+    examples = np.concatenate([[0], np.cumsum(frequency)])  # examples[l]: number shorter than l
     # cost[j]: tokens, padding included, of the examples of length <= j with the buckets so far, the last at j.
     cost = np.arange(longest + 1) * examples[1:].astype(np.float64)
     choices = []
@@ -408,7 +410,7 @@ def best_lengths(measured: Sequence[int], count: int, longest: int) -> tuple[int
 
 
 class _Each(grain.experimental.FlatMapTransform):
-    """A list of batches becomes its batches."""
+    """Flattens lists of batches."""
 
     max_fan_out = 1_000_000
 

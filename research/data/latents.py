@@ -1,4 +1,4 @@
-"""Latents of images, computed beforehand: what latent diffusion models are trained on."""
+"""Precomputed latents of images, for training latent diffusion models."""
 
 import dataclasses
 import pathlib
@@ -12,7 +12,7 @@ from research.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """Random access to the latents in a folder, which are read from disk when they are asked for."""
+    """Random access to the latents in a folder, read from disk on access."""
 
     folder: pathlib.Path
     label_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -24,7 +24,7 @@ class Latents:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `image`, float32 [H, W, C], and `label`."""
         if not 0 <= index < len(self):
-            raise IndexError(f"no example {index} of {len(self)}")
+            raise IndexError(f"index {index} is out of range: there are {len(self)} examples")
         image = _read(self.folder, "latents")[index].astype(np.float32)
         return {"image": image, "label": int(_read(self.folder, "labels")[index])}
 
@@ -32,12 +32,12 @@ class Latents:
 def latents(path: str, split: str = "train") -> Latents:
     """Return the latents in the folder PATH/SPLIT.
 
-    It holds `latents.npy`, float16 or float32 [N, H, W, C], as the model is to see them: those of Stable Diffusion's
-    autoencoder, say, sampled and multiplied by 0.18215; and `labels.npy`, integers [N]. Images that were also encoded
-    mirrored are examples of their own.
+    It holds `latents.npy`, float16 or float32 [N, H, W, C], scaled as the model expects them, such as samples of
+    Stable Diffusion's autoencoder multiplied by 0.18215; and `labels.npy`, integers [N]. Flipped images are separate
+    examples.
 
     Raises:
-      UserError: there are no such files, or they do not belong together.
+      UserError: a file is missing, or their shapes or types do not match.
     """
     folder = pathlib.Path(path).expanduser() / split
     for name in ("latents", "labels"):
@@ -55,4 +55,4 @@ def _read(folder: pathlib.Path, name: str) -> np.ndarray:
     try:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
     except (ValueError, EOFError) as error:  # an empty file is an EOFError
-        raise UserError(f"path: '{folder / name}.npy' is no array: {error}") from None
+        raise UserError(f"path: '{folder / name}.npy' is not a NumPy array: {error}") from None

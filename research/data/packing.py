@@ -1,6 +1,6 @@
-"""Several documents in one row: first-fit, and laid out by numpy.
+"""Sequence packing: assigns documents to rows by first-fit and writes them with numpy.
 
-A document is an example's sequences. They may have two sides, an encoder's and a decoder's, and both go to the same
+A document is the sequences of an example. It may have two sides, an encoder's and a decoder's, which go to the same
 row. Tokens of one document have the same number in the attention masks of both sides: 1, 2, ... in order of arrival.
 """
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from research.errors import UserError, nearest
 
-# What packing makes; the other features are the documents'.
+# Features that packing creates; the others come from the documents.
 MADE = ("attention_mask", "positions", "decoder_attention_mask", "decoder_positions")
-OPEN_ROWS = 1024  # the rows before these, full but for a little, are not tried: time stays linear in the documents
+OPEN_ROWS = 1024  # earlier rows are nearly full and are not tried, so that time is linear in the documents
 
 
 def pack(
@@ -22,19 +22,19 @@ def pack(
     room: Sequence[int],
     apart: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Lay documents into rows, in order of arrival.
+    """Pack documents into rows, in order of arrival.
 
     Args:
-      examples: with the sequences [T, ...] that `sides` names, of one length on each side.
-      sides: feature -> what fills it up, of one side or two. What is in MADE is made here.
-      room: the length of the rows of each side.
-      apart: a row for each example.
+      examples: with the sequences [T, ...] that `sides` names, of equal length on each side.
+      sides: {feature: padding value} of one side or two; features in MADE are created here.
+      room: the row length of each side.
+      apart: put each example in its own row.
 
     Returns:
-      every feature [R + 1, room, ...], and `mask` float32 [R + 1], which is 0 in the last row, an empty one.
+      every feature [R + 1, room, ...], and `mask` float32 [R + 1], which is 0 in the last row, which is empty.
 
     Raises:
-      UserError: an example lacks a feature, has sequences of two lengths, or does not fit where it must not be cut.
+      UserError: an example lacks a feature, has sequences of two lengths, or does not fit and must not be split.
     """
     names = [[name for name in side if name not in MADE] for side in sides]
     lengths = np.stack([_measure(examples, group) for group in names])
@@ -54,7 +54,7 @@ def pack(
 def cut(lengths: np.ndarray, room: Sequence[int]) -> np.ndarray:
     """Return the lengths [S, M] of the pieces of documents of `lengths` [S, N]; empty documents have none.
 
-    Documents with one side are cut into pieces of `room` tokens and a last one that may be shorter.
+    Documents with one side are split into pieces of `room` tokens, the last possibly shorter.
     """
     lengths = lengths[:, lengths.any(axis=0)]
     if len(room) > 1:
@@ -67,14 +67,14 @@ def cut(lengths: np.ndarray, room: Sequence[int]) -> np.ndarray:
 
 
 def first_fit(lengths: np.ndarray, room: Sequence[int]) -> np.ndarray:
-    """Return the row [N] of each piece: the first one, of the last OPEN_ROWS in use, with room on every side."""
+    """Return the row [N] of each piece: the first of the last OPEN_ROWS rows with room on every side."""
     count = lengths.shape[1]
     free = np.repeat(np.asarray(room, np.int32)[:, None], count + 1, axis=1)
     rows = np.zeros(count, np.int64)
     used = 0
     for i, need in enumerate(lengths.T.tolist()):
         start = max(used - OPEN_ROWS, 0)
-        fits = free[0, start : used + 1] >= need[0]  # the last of these is a new row
+        fits = free[0, start : used + 1] >= need[0]  # the last candidate is a new row
         for side in range(1, len(need)):
             fits &= free[side, start : used + 1] >= need[side]
         row = start + int(fits.argmax())
@@ -100,7 +100,9 @@ def _measure(examples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> np.
 def _check_fit(lengths: np.ndarray, room: Sequence[int]) -> None:
     for side, size in zip(lengths, room):
         if side.max(initial=0) > size:
-            raise UserError(f"config.data.pack: {side.max()} tokens do not fit into a row of {size}, and are not cut")
+            raise UserError(
+                f"config.data.pack: {side.max()} tokens do not fit into a row of {size} and cannot be split"
+            )
 
 
 def _lay(
@@ -110,9 +112,9 @@ def _lay(
     rows: np.ndarray,
     shape: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Lay one side's pieces of `lengths` [N] into `rows` [N], one after the other."""
+    """Write one side's pieces of `lengths` [N] into `rows` [N], one after another."""
     starts, numbers = _places(lengths, rows)
-    tokens = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # counted within their piece
+    tokens = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # positions within the piece
     places = np.repeat(rows * shape[1] + starts, lengths) + tokens
     laid = {}
     for name, fill in side.items():
@@ -120,7 +122,7 @@ def _lay(
             values = np.repeat(numbers.astype(np.int32), lengths)
         elif name in MADE:
             values = tokens.astype(np.int32)
-        else:  # pieces of one sequence follow each other, so that nothing has to be cut
+        else:  # pieces of one sequence follow each other, so concatenation is enough
             values = np.concatenate([e[name] for e in examples if len(e[name])] or [examples[0][name]])
         flat = np.full((shape[0] * shape[1], *values.shape[1:]), fill, values.dtype)
         flat[places] = values
@@ -129,10 +131,10 @@ def _lay(
 
 
 def _places(lengths: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each piece begins in its row, and its number there from 1, in order of arrival."""
+    """Return the start of each piece in its row and its number there, from 1, in order of arrival."""
     order = np.argsort(rows, kind="stable")
     ends = np.cumsum(lengths[order])
-    first = np.searchsorted(rows[order], rows[order])  # of the pieces in the same row
+    first = np.searchsorted(rows[order], rows[order])  # first piece of the same row
     starts, numbers = np.empty_like(ends), np.empty_like(ends)
     starts[order] = (ends - lengths[order]) - (ends - lengths[order])[first]
     numbers[order] = np.arange(len(order)) - first + 1

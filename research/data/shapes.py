@@ -1,4 +1,4 @@
-"""Drawn discs, squares and crosses: images whose classes and boxes are exact and that need no files."""
+"""Synthetic images of discs, squares and crosses with exact classes and boxes."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from research.data.source import Source
 from research.errors import UserError
 
 NAMES = ("disc", "square", "cross")
-BRIGHTNESS = ((100, 140), (160, 200), (216, 256))  # of each class, so that a few steps are enough to tell them apart
+BRIGHTNESS = ((100, 140), (160, 200), (216, 256))  # per class, so that classes are separable after a few steps
 
 
 def shapes(count: int = 48, size: int = 28, channels: int = 3, objects: int = 1, seed: int = 0) -> Source:
@@ -14,10 +14,10 @@ def shapes(count: int = 48, size: int = 28, channels: int = 3, objects: int = 1,
 
     Features, as in TFDS's coco: `image` uint8 [size, size, channels], `image_id`, `objects` with `bbox` float32
     [objects, 4] (top, left, bottom, right as shares of the side) and `label` int [objects]; and `label`, the class of
-    the first object. Classes follow each other.
+    the first object. Classes alternate.
 
     Raises:
-      UserError: the objects do not fit beside each other.
+      UserError: the objects do not fit side by side.
     """
     if objects * 8 > size:
         raise UserError(f"objects: {objects} do not fit into images of {size} pixels")

@@ -1,4 +1,4 @@
-"""Random access to examples: named datasets, the user's own tables and images, and records that a config lists."""
+"""Random access to examples: named datasets, the user's own tables and images, and records in a config."""
 
 import contextlib
 import dataclasses
@@ -36,9 +36,9 @@ class Source:
 
     Attributes:
       records: the examples as they are stored.
-      label_names: feature -> the names of its classes, in the order of their ids.
-      texts: the features that are text, as a tree: feature -> True, or the tree below it.
-      multi_hot: features that are lists of class ids, given out as float32 [classes] of 0 and 1.
+      label_names: {feature: class names, in the order of their ids}.
+      texts: the text features, as a tree: {feature: True, or the subtree}.
+      multi_hot: features that are lists of class ids, returned as multi-hot float32 [classes].
     """
 
     records: Sequence[Mapping[str, Any]]
@@ -51,9 +51,9 @@ class Source:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one example: text as str, images as their files' bytes, all else as numbers and numpy arrays."""
+        """Return one example: text as str, images as encoded bytes, the rest as numbers and numpy arrays."""
         if not 0 <= index < len(self):
-            raise IndexError(f"no example {index} of {len(self)}")
+            raise IndexError(f"index {index} is out of range: there are {len(self)} examples")
         example = _decode(dict(self.records[index]), self.texts)
         for name in self.multi_hot:
             row = np.zeros(len(self.label_names[name]), np.float32)
@@ -63,22 +63,22 @@ class Source:
 
 
 def examples(records: Sequence[Mapping[str, Any]], label_names: Mapping[str, Sequence[str]] | None = None) -> Source:
-    """Return a source of records that are at hand; `label_names` is feature -> the names of its classes."""
+    """Return a source of records in memory; `label_names` is {feature: class names}."""
     names = {name: tuple(classes) for name, classes in (label_names or {}).items()}
     return Source([dict(record) for record in records], names)
 
 
 def tfds(dataset: str, split: str = "train", data_dir: str | None = None) -> Source:
-    """Return a split of a named dataset, which is prepared first if it is not there.
+    """Return a split of a named dataset, preparing it first if needed.
 
     Args:
-      dataset: one of the modules of `research.data.datasets`, or any dataset of TFDS; "name/config" picks one of
-        its configs, else it is the first: "glue/sst2", "libreoffice/en-fr".
-      split: as TFDS writes them: "train", "train[:90%]", "train[10%:]+validation".
-      data_dir: where prepared datasets are; `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      dataset: one of the modules of `research.data.datasets`, or any dataset of TFDS; "name/config" selects a
+        config, by default the first: "glue/sst2", "libreoffice/en-fr".
+      split: in TFDS notation: "train", "train[:90%]", "train[10%:]+validation".
+      data_dir: the folder of prepared datasets; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
 
     Raises:
-      UserError: there is no such dataset or split, or it cannot be prepared here.
+      UserError: the dataset or split does not exist, or cannot be prepared.
     """
     if dataset.partition("/")[0] in _own_names():
         return _source(lambda: _own_builder(dataset, _data_dir(data_dir)), dataset, split)
@@ -103,11 +103,11 @@ def table(
     """Return a split of the user's own CSV, TSV, JSON-lines or Parquet files.
 
     The arguments are those of `datasets.table.TableConfig`; `train`, `validation` and `test` are files, anything that
-    `assets.resolve` takes. All files are read, so that all are checked, whichever `split` is asked for. The
-    features are `text`, `text_pair`, `label` and `id`, the line in the file.
+    `assets.resolve` takes. All files are read and checked, whichever `split` is requested. The
+    features are `text`, `text_pair`, `label` and `id`, the line number.
 
     Raises:
-      UserError: a column that is not there, bad rows (by file and line), or settings that do not go together.
+      UserError: a missing column, bad rows (with file and line), or conflicting settings.
     """
     files = {"train": train, "validation": validation, "test": test}
     config = tables.TableConfig(
@@ -138,22 +138,22 @@ def image_folder(
     broken: str = "error",
     data_dir: str | None = None,
 ) -> Source:
-    """Return a split of the user's own images, a folder a class.
+    """Return a split of the user's own images, one folder per class.
 
-    The files are copied as they are into the prepared dataset, and each is decoded once to see that it is whole. The
+    The files are copied as they are into the prepared dataset, and each is decoded once to validate it. The
     features are `image` (the file's bytes), `label`, and `file_name`, the path below the folder.
 
     Args:
-      path: holds CLASS/*.jpg, or train/CLASS/*.jpg and, if you like, validation/CLASS/*.jpg and test/CLASS/*.jpg;
-        anything that `assets.resolve` takes. Images end in one of `image.SUFFIXES`, and may lie deeper.
-      split: "train", "validation" or "test", or a part, as TFDS writes them.
-      held_out: the share of the training images that becomes "validation"; chosen by a hash of the content.
-      labels: the class names in order; the training folders' names, sorted, where they are left out.
-      broken: images that cannot be decoded are an "error" that names them all; "skip" leaves them out with a warning.
-      data_dir: where prepared datasets are; `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      path: holds CLASS/*.jpg, or train/CLASS/*.jpg and, optionally validation/CLASS/*.jpg and test/CLASS/*.jpg;
+        anything that `assets.resolve` takes. Images end in one of `image.SUFFIXES`, and may be nested deeper.
+      split: "train", "validation" or "test", or a slice in TFDS notation.
+      held_out: the fraction of training images held out as "validation", chosen by a hash of the content.
+      labels: the class names in order; by default the sorted names of the training folders.
+      broken: "error": undecodable images raise an error that lists them; "skip": they are dropped with a warning.
+      data_dir: the folder of prepared datasets; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
 
     Raises:
-      UserError: these are no folders of images by class, images are broken, or settings do not go together.
+      UserError: the folder has no images by class, images are broken, or settings conflict.
     """
     config = image_folders.ImageFolderConfig(
         name="",  # becomes a hash of the settings and of the files' names, sizes and times
@@ -184,7 +184,7 @@ def coco_folder(
 ) -> Source:
     """Return a split of the user's own images with boxes, annotated in COCO's format.
 
-    The files are copied as they are into the prepared dataset, and each is decoded once to see that it is whole. The
+    The files are copied as they are into the prepared dataset, and each is decoded once to validate it. The
     features are those of TFDS's coco: `image` (the file's bytes), `image/filename`, `image/id`, and `objects`: `bbox`
     (top, left, bottom, right as shares of the image, clipped to it), `label`, `is_crowd`, `area`, `id`; and
     `category_id`, as in the annotations. Classes are numbered by ascending category ids, from 0.
@@ -193,18 +193,18 @@ def coco_folder(
       images: the folder of training images, in which the annotations' file names are found; anything that
         `assets.resolve` takes, as the other files.
       annotations: a JSON file with "images", "annotations" and "categories".
-      split: "train", "validation" or "test", or a part, as TFDS writes them.
-      validation_images: a folder for "validation"; `images` where only annotations are given.
+      split: "train", "validation" or "test", or a slice in TFDS notation.
+      validation_images: a folder for "validation"; by default `images`.
       validation_annotations: a file for "validation".
-      test_images: a folder for "test"; `images` where only annotations are given.
+      test_images: a folder for "test"; by default `images`.
       test_annotations: a file for "test".
-      held_out: the share of the training images that becomes "validation"; chosen by a hash of the content.
+      held_out: the fraction of training images held out as "validation", chosen by a hash of the content.
       broken: images that cannot be decoded, or are of another size than annotated, and boxes that cannot be right are
-        an "error" that names them; "skip" leaves them out with a warning.
-      data_dir: where prepared datasets are; `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+        an "error" that lists them; "skip" drops them with a warning.
+      data_dir: the folder of prepared datasets; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
 
     Raises:
-      UserError: the files are not in COCO's format, something is broken, or settings do not go together.
+      UserError: the files are not in COCO's format, an image or box is broken, or settings conflict.
     """
     pairs = {
         "train": (images, annotations),
@@ -213,7 +213,7 @@ def coco_folder(
     }
     for name, (folder, file) in pairs.items():
         if folder and not file:
-            raise UserError(f"{name}_images: they need {name}_annotations")
+            raise UserError(f"{name}_images needs {name}_annotations; set both")
     config = coco_folders.CocoFolderConfig(
         name="",  # becomes a hash of the settings, the annotations, and the images' sizes and times
         files={
@@ -238,11 +238,11 @@ def _data_dir(data_dir: str | None) -> str:
 
 
 def _source(make: Callable[[], DatasetBuilder], name: str, split: str) -> Source:
-    """Open a split of the dataset of the builder that `make` makes."""
+    """Open a split of the dataset that the builder returned by `make` describes."""
     builder = _made(make)
     if not builder.data_path.exists():
         _prepare(builder, name)
-        builder = _made(make)  # reads what was prepared, be it by this process or by another one
+        builder = _made(make)  # reads what this or another process has prepared
     try:
         records = builder.as_data_source(split, decoders=_encoded_images(builder.info.features))
     except NotImplementedError:
@@ -253,7 +253,9 @@ def _source(make: Callable[[], DatasetBuilder], name: str, split: str) -> Source
     except ValueError as error:
         asked = re.match(r"\w*", split.strip())
         if asked and asked[0] in builder.info.splits:
-            raise UserError(f"split: '{split}' is not written like 'train', 'train[:90%]' or 'train+test'") from error
+            raise UserError(
+                f"split: '{split}' is not a valid split; write 'train', 'train[:90%]' or 'train+test'"
+            ) from error
         hint = nearest(asked[0] if asked else "", builder.info.splits)
         raise UserError(f"'{name}' has no split '{split}'{hint}") from error
     return Source(
@@ -273,13 +275,13 @@ def _made(make: Callable[[], DatasetBuilder]) -> DatasetBuilder:
 def _prepare(builder: DatasetBuilder, name: str) -> None:
     """Prepare a dataset.
 
-    TFDS writes into a folder of its own and renames it, so of several processes that start at once one wins, and
-    the others find a dataset that is whole.
+    TFDS writes to a temporary folder and renames it, so of several concurrent processes one wins and the others find
+    a complete dataset.
     """
     own = type(builder).__module__.startswith(datasets.__name__)
     logging.info("preparing %s in %s", name, builder.data_path)
     try:
-        # TFDS retries ten times, each after twice the time: minutes where there is no network.
+        # TFDS retries ten times with doubling delays: minutes without a network.
         with _quietly() if own else contextlib.nullcontext(), mock.patch.object(downloader, "MAX_RETRIES", 3):
             builder.download_and_prepare(file_format="array_record")
     except UserError:
@@ -290,12 +292,12 @@ def _prepare(builder: DatasetBuilder, name: str) -> None:
         if own:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"cannot prepare '{name}' here ({reason}); {_elsewhere(name, builder)}") from error
+        raise UserError(f"cannot prepare '{name}' on this machine ({reason}); {_elsewhere(name, builder)}") from error
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Spare the terminal TFDS's progress bars, and its warning at every config that is not in its code."""
+    """Suppress TFDS's progress bars and its warnings about configs that it does not know."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     tensorflow_datasets.disable_progress_bar()
@@ -310,13 +312,13 @@ def _quietly() -> Iterator[None]:
 def _elsewhere(name: str, builder: DatasetBuilder) -> str:
     root = pathlib.Path(builder.data_path)
     return (
-        "where there are a network and TensorFlow run "
-        f"`tfds build {name} --file_format=array_record` and copy what it wrote to '{root}'"
+        "on a machine with a network and TensorFlow, run "
+        f"`tfds build {name} --file_format=array_record` and copy the result to '{root}'"
     )
 
 
 def _own_names() -> list[str]:
-    """The datasets of ours that are known by name alone; others are of the user's own files."""
+    """Return the datasets of this project that need no files of the user."""
     return [module.name for module in pkgutil.iter_modules(datasets.__path__) if module.name not in FROM_FILES]
 
 
@@ -326,7 +328,7 @@ def _own_builder(name: str, data_dir: str) -> DatasetBuilder:
     classes: list[Any] = [value for value in vars(module).values() if inspect.isclass(value)]
     (cls,) = (value for value in classes if issubclass(value, DatasetBuilder) and value.__module__ == module.__name__)
     if config and config not in cls.builder_configs:
-        raise UserError(f"dataset '{base}' has no '{config}'{nearest(config, cls.builder_configs)}")
+        raise UserError(f"dataset '{base}' has no config '{config}'{nearest(config, cls.builder_configs)}")
     return cls(config=config or None, data_dir=data_dir)
 
 
@@ -338,24 +340,24 @@ def _stock_builder(name: str, data_dir: str) -> DatasetBuilder:
         return tensorflow_datasets.builder(name, data_dir=data_dir)
     except ImportError as error:
         with contextlib.suppress(tensorflow_datasets.core.DatasetNotFoundError):
-            return read_only_builder.builder_from_files(name, data_dir=data_dir)  # needs nothing of what made it
+            return read_only_builder.builder_from_files(name, data_dir=data_dir)  # needs no code of its builder
         raise UserError(f"dataset '{name}' cannot be opened here: {_cause(error)}") from error
     except tensorflow_datasets.core.DatasetNotFoundError:
         if reason:
             raise UserError(f"dataset '{name}' cannot be opened here: {reason}") from None
         known = [*_own_names(), *listed, *_stock_modules()]
-        raise UserError(f"no dataset '{name}'{nearest(base, known)}") from None
+        raise UserError(f"unknown dataset '{name}'{nearest(base, known)}") from None
     except ValueError as error:
         configs = tensorflow_datasets.builder_cls(base).builder_configs
         if config.partition(":")[0] in configs or not configs:
             raise UserError(f"dataset '{name}': {' '.join(str(error).split())[:300]}") from error
-        raise UserError(f"dataset '{base}' has no '{config}'{nearest(config, configs)}") from None
+        raise UserError(f"dataset '{base}' has no config '{config}'{nearest(config, configs)}") from None
 
 
 def _import_stock(name: str) -> str:
-    """Import the module of a dataset of TFDS; return why not, if it cannot.
+    """Import the module of a TFDS dataset; return the reason if that fails, else "".
 
-    TFDS imports its modules by the package, which stops at the first one that needs TensorFlow; most need it not.
+    TFDS imports whole packages, which fails at the first module that needs TensorFlow; most modules do not.
     """
     module = _stock_modules().get(name)
     try:
@@ -367,13 +369,13 @@ def _import_stock(name: str) -> str:
 
 
 def _cause(error: ImportError) -> str:
-    """Return which module there is not; TFDS surrounds that with advice."""
+    """Return the missing module's message, without the advice that TFDS adds."""
     found = re.search(r"No module named '[\w.]+'", str(error))
     return found[0] if found else " ".join(str(error).split())[:200]
 
 
 def _stock_modules() -> dict[str, str]:
-    """Dataset -> module, for the datasets of TFDS that are classes in its topical packages."""
+    """Return {dataset: module} for the TFDS datasets defined in its topical packages."""
     root = pathlib.Path(tensorflow_datasets.__file__).parent
     found = {}
     for path in sorted(root.glob("*/**/*.py")):
@@ -386,7 +388,7 @@ def _stock_modules() -> dict[str, str]:
 
 
 def _label_names(tree: features.FeaturesDict) -> dict[str, tuple[str, ...]]:
-    """Return the names of the classes; those of objects in a sequence count where the example itself has none."""
+    """Return the class names of each feature; those of nested objects only where the example has none."""
     names: dict[str, tuple[str, ...]] = {}
     for name, feature in tree.items():
         inner = feature.feature if isinstance(feature, features.Sequence) else feature
@@ -398,13 +400,13 @@ def _label_names(tree: features.FeaturesDict) -> dict[str, tuple[str, ...]]:
 
 
 def _encoded_images(tree: features.FeaturesDict) -> dict[str, decode.Decoder] | None:
-    """Say that images are given out as they are stored; `image.Decode` knows how much of them is wanted."""
+    """Return decoders that leave images encoded; `image.Decode` decodes them at the size needed."""
     images = [name for name, feature in tree.items() if isinstance(feature, features.Image)]
     return {name: decode.SkipDecoding() for name in images} or None
 
 
 def _text_tree(feature: features.FeatureConnector) -> Any:
-    """Say where text is below a feature: True, a dict of the features that hold some, or None."""
+    """Return the text features below a feature: True, a dict of those that contain text, or None."""
     if isinstance(feature, features.Text):
         return True
     if isinstance(feature, features.Sequence):
@@ -416,7 +418,7 @@ def _text_tree(feature: features.FeatureConnector) -> Any:
 
 
 def _decode(value: Any, tree: Any) -> Any:
-    """Turn the bytes at the marked places into str; sequences of text into lists."""
+    """Decode the bytes of text features to str, and sequences of text to lists."""
     if not tree:
         return value
     if isinstance(value, dict):

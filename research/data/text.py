@@ -1,4 +1,4 @@
-"""What is done to one text example on its way into a batch."""
+"""Tokenisation of text examples for an encoder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from research.errors import UserError, nearest
 def text_of(example: Mapping[str, Any], field: str) -> str:
     """Return the text in a field of an example."""
     if not isinstance(example.get(field), str):
-        raise UserError(f"an example has no text '{field}'{nearest(field, example)}")
+        raise UserError(f"config.data.ops: an example has no text field '{field}'{nearest(field, example)}")
     return example[field]
 
 
@@ -20,12 +20,12 @@ class Tokenize:
     """Adds input_ids, attention_mask and token_type_ids, int32 [T], with special tokens and unpadded.
 
     Attributes:
-      max_length: the most tokens that an example has.
-      padding: what fills each feature up to the length of its batch.
+      max_length: the maximum number of tokens of an example.
+      padding: the padding value of each feature.
     """
 
     def __init__(self, tokenizer: Tokenizer, fields: tuple[str, ...] = ("text",), max_length: int = 128):
-        """Encode the one text or the pair of texts that `fields` names."""
+        """Initialise for one text field or a pair of them."""
         if len(fields) not in (1, 2):
             raise UserError(f"Tokenize takes one field or a pair of fields, not {fields}")
         self.fields = fields

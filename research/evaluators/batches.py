@@ -1,4 +1,4 @@
-"""Runs a function of (params, batch) over a dataset, on every device; what evaluators share."""
+"""Runs a jitted function of (params, batch) over a dataset on all devices, for the evaluators."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -20,14 +20,14 @@ def run(
     mesh: Mesh,
     check: Callable[[], None],
 ) -> Iterator[Any]:
-    """Yield the function's outputs for every batch of one epoch, whole and as numpy arrays, in every process.
+    """Yield the function's outputs for every batch of one epoch, as global numpy arrays in every process.
 
     Args:
-      function: pure; jitted once for all calls with the same function, so pass a bound method of a frozen task.
-      params: as it takes them.
+      function: pure; jitted once per function, so pass a bound method of a frozen task.
+      params: its first argument.
       dataset: every process reads its own rows.
-      mesh: over which batches are split.
-      check: called before each batch; it may raise to give up.
+      mesh: the mesh over which batches are sharded.
+      check: called before each batch; may raise to abort.
     """
     sharding.check_batch_size(dataset.batch_size, mesh)
     jitted = _jit(function, mesh)

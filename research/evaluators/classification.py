@@ -1,4 +1,4 @@
-"""The scores of classification and regression, computed by scikit-learn and scipy over all predictions at once."""
+"""Classification and regression metrics, computed by scikit-learn and scipy over all predictions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ def _f1(average: str) -> Callable[[np.ndarray, np.ndarray], float]:
 
 
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": sklearn.metrics.accuracy_score,  # of multi-label examples: all labels right
+    "accuracy": sklearn.metrics.accuracy_score,  # subset accuracy for multi-label examples
     "f1": _f1("binary"),
     "macro_f1": _f1("macro"),
     "micro_f1": _f1("micro"),
@@ -38,7 +38,7 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "pearson": _pearson,
     "spearman": _spearman,
 }
-# Objective -> its scores; "f1" is of the second of two classes.
+# {objective: its scores}; "f1" is that of class 1 of two.
 FITTING = {
     "softmax": ("accuracy", "f1", "macro_f1", "micro_f1", "matthews"),
     "sigmoid": ("accuracy", "f1", "macro_f1", "micro_f1", "matthews"),
@@ -52,8 +52,8 @@ class Scores:
 
     Attributes:
       task: its `metrics` and `predict` are run on each batch.
-      mesh: to run on.
-      data: what to evaluate on.
+      mesh: the device mesh.
+      data: the evaluation data.
       scores: names from SCORES; "loss" is always among the results.
     """
 
@@ -76,10 +76,12 @@ class Scores:
         ]
         for name in self.scores:
             if name not in fitting:
-                raise UserError(f"scores: '{name}' is no score of {outputs} outputs of '{objective}'; use {fitting}")
+                raise UserError(
+                    f"scores: '{name}' is not defined for '{objective}' with {outputs} outputs; use {fitting}"
+                )
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> Mapping[str, float | np.ndarray]:
-        """Return score -> value; correlations and F1 as fractions, not percentages."""
+        """Return {score: value}; correlations and F1 as fractions, not percentages."""
         return self._scored(*self._outputs(self.data, params, check))
 
     def _outputs(self, data: Dataset, params: Params, check: Callable[[], None]) -> tuple[float, dict[str, np.ndarray]]:

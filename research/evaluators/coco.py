@@ -1,4 +1,4 @@
-"""Average precision of detectors, computed by COCO's own program (Lin 2014)."""
+"""Average precision of detectors, computed by pycocotools (Lin 2014)."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from research.reporting import pictures
 from research.task import Batch, Params, Task
 
 # In the order of COCO's summary. AP is the mean over thresholds of the intersection over union from 0.5 to 0.95 and
-# over classes; AR1 is the greatest recall with one detection an image; small is below 32 x 32 pixels, large 96 x 96.
+# over classes; AR1 is the maximum recall with one detection per image; small is below 32 x 32 pixels, large 96 x 96.
 METRICS = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
@@ -32,16 +32,15 @@ FEATURES = ("scores", "classes", "boxes")  # of predictions
 class Coco:
     """Evaluates a detection task on every example of a dataset, each once.
 
-    What is right is read from the dataset's source, whatever its ops leave out: so its ops may resize and pad images,
-    but not cut or turn them. Crowds are ignored, as COCO does: they need not be found, and what is found there is not
-    wrong.
+    The ground truth is read from the dataset's source, before its ops: they may resize and pad images, but not crop or
+    rotate them. As in COCO, crowds are ignored: they need not be detected, and detections in them are not errors.
 
     Attributes:
       task: its `predict` is run on each batch.
-      mesh: to run on.
-      data: what to evaluate on; its source gives `objects` as TFDS's coco does, its ops end in `boxes.Targets`.
-      pictures: how many examples, the first ones, are drawn with their boxes.
-      threshold: the least score of a box that is drawn; scores count all.
+      mesh: the device mesh.
+      data: the evaluation data; its source gives `objects` as TFDS's coco does, its ops end in `boxes.Targets`.
+      pictures: the number of examples drawn with their boxes, from the first.
+      threshold: the minimum score of a drawn box; metrics use all boxes.
     """
 
     task: Task
@@ -54,7 +53,7 @@ class Coco:
         """Return those of METRICS that are defined for these objects, in [0, 1], and the picture "boxes".
 
         Raises:
-          UserError: there is no object.
+          UserError: the data contain no objects.
         """
         every = list(batches.run(self._batch, params, self._data, self.mesh, check))
         rows = {name: np.concatenate([batch[name] for batch in every]) for name in every[0]}
@@ -86,7 +85,7 @@ class Coco:
             outputs = {name: predicted[i][name][sure] for name in FEATURES}
             found.append((in_pixels(outputs["boxes"], size), outputs["classes"], outputs["scores"]))
         names = getattr(self.data.source, "label_names", {}).get("label", ())
-        title = f"true boxes, and predicted ones with their scores, of at least {self.threshold:g}"
+        title = f"true boxes, and predicted boxes with scores of at least {self.threshold:g}"
         return pictures.boxes(images, right, found, names, title)
 
 
@@ -96,18 +95,18 @@ def average_precision(
     """Return those of METRICS that are defined: without small objects, there is no AP of small objects.
 
     Args:
-      truths: for each image `bbox` [n, 4] (top, left, bottom, right as shares), `label` [n], and if you like `is_crowd`
-        [n] and `area` [n] in pixels, by which COCO tells small from large; that of the box otherwise.
+      truths: for each image `bbox` [n, 4] (top, left, bottom, right as shares), `label` [n], and optionally `is_crowd`
+        [n] and `area` [n] in pixels, by which COCO tells small from large; by default the area of the box.
       predicted: for each image `scores` [Q], `classes` [Q] and `boxes` [Q, 4] (centre x, centre y, width, height as
         shares).
       sizes: height and width of each image in pixels, [images, 2].
 
     Raises:
-      UserError: there is no object.
+      UserError: the data contain no objects.
     """
     annotations = [entry for i, objects in enumerate(truths) for entry in _annotations(i, objects, sizes[i])]
     if not annotations:
-        raise UserError("data: no image has an object; there is nothing to find")
+        raise UserError("data: no image contains an object, so average precision is undefined")
     found = [entry for i, outputs in enumerate(predicted) for entry in _results(i, outputs, sizes[i])]
     classes = {entry["category_id"] for entry in annotations}
     right = COCO()
@@ -116,7 +115,7 @@ def average_precision(
         "categories": [{"id": number} for number in sorted(classes)],
         "annotations": [entry | {"id": i} for i, entry in enumerate(annotations, start=1)],
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress
+    with contextlib.redirect_stdout(io.StringIO()):  # silence its progress output
         right.createIndex()
         evaluation = COCOeval(right, right.loadRes(found), "bbox")
         evaluation.evaluate()
@@ -132,7 +131,7 @@ def in_pixels(boxes_nx4: np.ndarray, size: Sequence[int] | np.ndarray) -> np.nda
 
 
 def _annotations(number: int, objects: dict[str, Any], size: np.ndarray) -> list[dict[str, Any]]:
-    """Return the objects of an image in COCO's format."""
+    """Return the true objects of an image in COCO's format."""
     placed = _placed(in_pixels(boxes.centred(objects["bbox"]), size))
     labels = np.asarray(objects["label"], int)
     crowds = np.asarray(objects.get("is_crowd", np.zeros(len(labels))), int)
@@ -150,7 +149,7 @@ def _annotations(number: int, objects: dict[str, Any], size: np.ndarray) -> list
 
 
 def _results(number: int, outputs: dict[str, np.ndarray], size: np.ndarray) -> list[dict[str, Any]]:
-    """Return what was found in an image in COCO's format."""
+    """Return the detections in an image in COCO's format."""
     placed = _placed(in_pixels(outputs["boxes"], size))
     return [
         {"image_id": number, "category_id": int(label), "bbox": box.tolist(), "score": float(score)}

@@ -1,4 +1,4 @@
-"""Named entities scored as CoNLL-2003 does: an entity is right if its kind and all its words are."""
+"""Named-entity scores of CoNLL-2003: an entity is correct if its type and its span both match."""
 
 import collections
 import dataclasses
@@ -18,15 +18,15 @@ from research.tasks.token_classification import TokenClassification, spans
 
 @dataclasses.dataclass(frozen=True)
 class Entities:
-    """Labels every word of a dataset and scores the entities that the labels describe.
+    """Labels every word of a dataset and scores the resulting entities.
 
-    Words beyond the `max_length` of the data's op count as outside of all entities, so that nothing is left out.
+    Words beyond the `max_length` of the data's op are labelled O, so that every word is scored.
 
     Attributes:
       task: its `label_names` are those of the data.
-      mesh: to run on.
-      data: what to evaluate on; one of its ops is `AlignLabels`.
-      labels: the field of the words' right labels, class numbers.
+      mesh: the device mesh.
+      data: the evaluation data; one of its ops is `AlignLabels`.
+      labels: the field of the words' true labels, class ids.
     """
 
     task: TokenClassification
@@ -56,12 +56,12 @@ def score(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) ->
     """Score the labels of sentences.
 
     Args:
-      right: label names such as "B-PER", a list a sentence.
-      predicted: as many.
+      right: true label names such as "B-PER", one list per sentence.
+      predicted: label names of the same lengths.
 
     Returns:
-      "accuracy" of labels; "precision", "recall" and "f1" over all entities, and "f1_KIND" of each kind that is there;
-      0 where there is nothing to divide by.
+      "accuracy" of labels; "precision", "recall" and "f1" over all entities, and "f1_KIND" of each type that occurs;
+      0 where the denominator is 0.
     """
     counts: dict[str, collections.Counter] = {name: collections.Counter() for name in ("right", "predicted", "common")}
     for labels, others in zip(right, predicted, strict=True):

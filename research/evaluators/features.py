@@ -1,4 +1,4 @@
-"""What trained networks see in images, for `evaluators.frechet`."""
+"""Feature extractors of images, for `evaluators.frechet`."""
 
 import dataclasses
 import functools
@@ -25,13 +25,13 @@ from research.task import Params
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """An image classifier that a run of this code has trained.
+    """An image classifier trained by a run of this code.
 
-    Its features are what its last layer is applied to.
+    Its features are the inputs of its last layer.
 
     Attributes:
-      path: the run's folder; its name is that of the distance: frechet_NAME.
-      checkpoint: "latest", "best" or a step; "" takes the best where the run keeps it.
+      path: the run's folder, whose name names the distance: frechet_NAME.
+      checkpoint: "latest", "best" or a step; "" is the best if the run keeps it, else the latest.
     """
 
     path: str
@@ -39,27 +39,29 @@ class TrainedRun:
 
     def __post_init__(self):
         if not (self._folder / "checkpoints").is_dir():
-            raise UserError(f"path: there is no run in '{self.path}'; train the classifier first, or name another one")
+            raise UserError(f"path: no run in '{self.path}'; train the classifier first or set another path")
 
     @property
     def metric(self) -> str:
-        """What the distance is called."""
+        """The name of the distance."""
         return f"frechet_{self._folder.absolute().name}"
 
     @functools.cached_property
     def params(self) -> Params:
-        """The run's parameters, averaged where it averages."""
+        """Return the run's parameters, averaged if it keeps averages."""
         shapes = self._experiment.abstract_state.params
         return transfer.load_params(self.path, self._model, shapes, self.checkpoint, new=())[0]
 
     def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
-        """Raise UserError unless the run was trained on images of that shape, and of these classes in this order."""
+        """Raise UserError unless the run was trained on images of this shape and these classes in this order."""
         own = self._experiment.spec["image"].shape[1:] if "image" in self._experiment.spec else ()
         if own != shape:
-            raise UserError(f"path: the run in '{self.path}' sees images of {own}; those drawn are of {shape}")
+            raise UserError(
+                f"path: the run in '{self.path}' takes images of shape {own}, but the samples have shape {shape}"
+            )
         theirs = self._experiment.label_names
         if theirs and label_names and theirs != tuple(label_names):
-            raise UserError(f"path: the run in '{self.path}' tells {theirs} apart; what is drawn is {label_names}")
+            raise UserError(f"path: the run in '{self.path}' classifies {theirs}, but the samples are of {label_names}")
 
     def __call__(self, params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
         """Return "features" [B, F] and "logits" [B, C]."""
@@ -86,7 +88,7 @@ class TrainedRun:
     @functools.cached_property
     def _experiment(self) -> Experiment:
         config = load_config(self._folder)
-        config.mesh = None  # that of the run may need other devices than there are
+        config.mesh = None  # the run's mesh may need more devices than are available
         return Experiment(config, workdir=self._folder)
 
     @functools.cached_property
@@ -97,7 +99,7 @@ class TrainedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Inception:
-    """The network of the Frechet inception distance, with weights that you have; the distance is then called FID.
+    """The Inception network of the Frechet inception distance (FID), with weights from a file.
 
     Attributes:
       path: a file, in any form that `assets.resolve` takes, of the names that the PyTorch port of Heusel 2017's weights
@@ -111,20 +113,22 @@ class Inception:
     def __post_init__(self):
         for name, leaf in self._shapes.items():
             if self._stored.get(f"{name}.conv.weight") is None:
-                raise UserError(f"path: '{self.path}' holds no weights of Inception-v3: it lacks {name}.conv.weight")
+                raise UserError(
+                    f"path: '{self.path}' does not contain the weights of Inception-v3: it lacks {name}.conv.weight"
+                )
             *kernel, inputs, outputs = leaf["kernel"].shape
             if (found := self._stored[f"{name}.conv.weight"].shape) != (outputs, inputs, *kernel):
-                raise UserError(f"path: '{self.path}' holds another network: its {name}.conv.weight is {found}")
+                raise UserError(f"path: '{self.path}' contains another network: its {name}.conv.weight is {found}")
 
     @functools.cached_property
     def params(self) -> Params:
-        """The parameters of `models.inception`, with the batch normalisation folded in."""
+        """Return the parameters of `models.inception`, with batch normalisation folded in."""
         return {name: self._folded(name) for name in self._shapes}
 
     def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
-        """Raise UserError unless images are grey or of three colours."""
+        """Raise UserError unless images have 1 or 3 channels."""
         if shape[2] not in (1, 3):
-            raise UserError(f"network: Inception sees images of 1 or 3 channels, not of {shape[2]}")
+            raise UserError(f"network: Inception takes images of 1 or 3 channels, not {shape[2]}")
 
     def __call__(self, params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
         """Return "features" [B, 2048]."""

@@ -1,4 +1,4 @@
-"""The Frechet distance between drawn and real images, in the features of a network (Heusel 2017).
+"""The Frechet distance between generated and real images in the feature space of a network (Heusel 2017).
 
 It is called FID where the network is Inception with the published weights, and by the network's name otherwise: numbers
 of different networks, or of different numbers of samples, are not comparable.
@@ -25,16 +25,16 @@ from research.tasks.diffusion import Diffusion
 
 
 class Network(Protocol):
-    """What sees images."""
+    """A feature extractor of images."""
 
     @property
     def metric(self) -> str:
-        """What the distance is called."""
+        """The name of the distance."""
         ...
 
     @property
     def params(self) -> Params:
-        """Its parameters, on the host."""
+        """Return the parameters, on the host."""
         ...
 
     def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
@@ -50,16 +50,16 @@ class Network(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Frechet:
-    """Compares drawn images, of every class in turn, with real ones.
+    """Compares generated images, of every class in turn, with real ones.
 
     Attributes:
-      task: what draws.
-      mesh: to run on.
-      data: the real images; what its `Normalize` did is undone.
+      task: the diffusion task.
+      mesh: the device mesh.
+      data: the real images; its `Normalize` is undone.
       network: see `Network`.
-      num_samples: how many images are drawn; the distance falls with their number.
+      num_samples: the number of generated images; the distance decreases with it.
       seed: of the noise.
-      sampling: how images are drawn; as the task says where it is None.
+      sampling: the sampler's settings; by default the task's.
     """
 
     task: Diffusion
@@ -78,9 +78,9 @@ class Frechet:
         self.network.check(self.task.model.shape, self.task.label_names)
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Return the distance; "accuracy", the share of images that a classifier takes for what they are to be; and
+        """Return the distance; "accuracy", the share of samples that a classifier assigns to their class; and
 
-        "real_" and the name of the distance: that of one half of the real images from the other, to compare with.
+        "real_" and the name of the distance: the distance between two halves of the real images, for reference.
         """
         labels = np.arange(self.num_samples) % self.task.model.num_classes
         asked = requests(labels, self.data.batch_size, self.mesh)
@@ -110,13 +110,13 @@ class Frechet:
         return self._see(params, batch["image"], batch["mask"])
 
     def _see(self, params: Params, image: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-        """Show the network images as a PNG file would hold them."""
+        """Apply the network to images quantised to 8 bits, as in a PNG file."""
         pixels = (pictures.pixels(image, self.data.ops) * 255).round() / 255
         return self.network(params, pixels) | {"mask": mask}
 
 
 def _columns(outputs: Any) -> dict[str, np.ndarray]:
-    """Return the outputs of all batches, the rows that only fill them up left out."""
+    """Return the outputs of all batches without padding rows."""
     every = list(outputs)
     return {name: np.concatenate([batch[name][batch["mask"] > 0] for batch in every]) for name in every[0]}
 
@@ -142,10 +142,10 @@ def frechet_distance(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """No network: the means of squares of pixels. Blind to much, but it needs no weights.
+    """Mean pixel values of square regions as features: coarse, but without weights.
 
     Attributes:
-      size: squares in a row and in a column.
+      size: the number of squares per row and per column.
     """
 
     size: int = 7
@@ -158,9 +158,9 @@ class Pixels:
         return {}
 
     def check(self, shape: tuple[int, int, int], label_names: Sequence[str]) -> None:
-        """Raise UserError unless images can be cut so."""
+        """Raise UserError unless the image size is divisible by `size`."""
         if shape[0] % self.size:
-            raise UserError(f"network.size: images of {shape[0]} pixels have no {self.size} squares in a row")
+            raise UserError(f"network.size: images of {shape[0]} pixels cannot be divided into {self.size} squares")
 
     def __call__(self, params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
         """Return "features" [B, size * size * C]."""

@@ -1,4 +1,4 @@
-"""The texts that a task writes, scored against references."""
+"""Generated texts scored against references."""
 
 import dataclasses
 import functools
@@ -15,20 +15,20 @@ from research.evaluators import batches, text_scores
 from research.evaluators.numbered import numbered
 from research.task import Batch, Params, Task
 
-SHOWN = 3  # texts that are logged
+SHOWN = 3  # number of texts logged
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Lets a task write a text for every example and scores the texts.
+    """Generates a text for every example and scores the texts.
 
     Attributes:
       task: its `describe` gives "prediction", the text.
-      mesh: to run on.
-      data: what to evaluate on; each example makes one row.
+      mesh: the device mesh.
+      data: the evaluation data; each example must make one row.
       scores: names from `text_scores.SCORES`.
-      reference: the field of the right text, or of several.
-      max_examples: how many are written for, the first ones; None: all.
+      reference: the field of the reference text or texts.
+      max_examples: the number of examples to generate for, from the first; None: all.
     """
 
     task: Task
@@ -46,7 +46,7 @@ class Generation:
             raise UserError(f"max_examples: {self.max_examples} must be at least 1")
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Return score -> value; the first texts, and sacreBLEU's signatures, are logged."""
+        """Return {score: value}; log the first texts and sacreBLEU's signatures."""
         texts = self.predictions(params, check)
         for text, references in list(zip(texts, self.references))[:SHOWN]:
             logging.info("predicted: %s", text)
@@ -61,14 +61,16 @@ class Generation:
         for outputs, numbers, mask in batches.run(self._batch, params, self._data, self.mesh, check):
             for i in np.flatnonzero(mask):
                 if int(numbers[i]) in texts:
-                    raise UserError("data.ops: one example makes several rows, of which none is the prediction")
+                    raise UserError(
+                        "data.ops: an example makes several rows, so it has no single prediction; use ops that make one"
+                    )
                 described = self.task.describe({name: value[i] for name, value in outputs.items()})
                 texts[int(numbers[i])] = described["prediction"]
         return [text for _, text in sorted(texts.items())]
 
     @functools.cached_property
     def references(self) -> list[list[str]]:
-        """The right texts of each example, in order; one or more."""
+        """Return the reference texts of each example, in order."""
         found = []
         for i in range(len(self._data.source)):
             example = self._data.source[i]
@@ -80,7 +82,7 @@ class Generation:
 
     @property
     def signatures(self) -> dict[str, str]:
-        """Score -> sacreBLEU's signature, for the scores that have one: say it wherever you quote the number."""
+        """Return {score: sacreBLEU's signature}, to be quoted with the scores that have one."""
         every = {name: text_scores.signature(name, self.references) for name in self.scores}
         return {name: signature for name, signature in every.items() if signature}
 

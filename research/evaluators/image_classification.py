@@ -1,4 +1,4 @@
-"""The scores of image classification, with pictures of what is taken for what."""
+"""Image classification metrics with a confusion matrix and the most confident errors."""
 
 import dataclasses
 import functools
@@ -19,10 +19,10 @@ from research.task import Batch, Params
 
 @dataclasses.dataclass(frozen=True)
 class ImageScores(Scores):
-    """`Scores`, with a confusion matrix and the mistakes that the model is surest of.
+    """`Scores` with pictures of the confusion matrix and of the most confident errors.
 
     Attributes:
-      mistakes: how many of them are shown; 0 draws nothing.
+      mistakes: the number of errors shown; 0 draws no pictures.
     """
 
     mistakes: int = 24
@@ -33,17 +33,17 @@ class ImageScores(Scores):
             raise UserError(f"mistakes: {self.mistakes} must be 0 (no pictures) or more")
         objective = getattr(self.task, "objective", "softmax")
         if self.mistakes and objective != "softmax":
-            raise UserError(f"mistakes: 0 is needed, as '{objective}' does not choose one class")
+            raise UserError(f"mistakes: must be 0 for '{objective}', which does not predict one class")
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> Mapping[str, float | np.ndarray]:
-        """Return score -> value, and the pictures "confusion" and, where there are any, "mistakes"."""
+        """Return {score: value} and the pictures "confusion" and, if there are errors, "mistakes"."""
         if not self.mistakes:
             return super().__call__(params, check)
         loss, columns = self._outputs(self._numbered, params, check)
         labels, predictions = columns["target"], columns["prediction"]
         counts = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(len(self._names)))
         accuracy = np.mean(labels == predictions)
-        title = f"{len(labels):,} examples, {100 * accuracy:.2f} % right"
+        title = f"{len(labels):,} examples, {100 * accuracy:.2f} % correct"
         drawn = {"confusion": pictures.confusion(counts, self._names, title)}
         wrong = np.flatnonzero(labels != predictions)
         surest = wrong[np.argsort(-columns["probability"][wrong], kind="stable")][: self.mistakes]
@@ -59,14 +59,14 @@ class ImageScores(Scores):
         return means, {**rows, "example": batch["example"], "probability": probabilities_BxC.max(axis=-1)}
 
     def _draw(self, columns: dict[str, np.ndarray], wrong: int) -> np.ndarray:
-        """Draw examples as the model saw them, each under its class, and the one it was taken for."""
+        """Draw examples as the model sees them, titled with their true and predicted classes."""
         shown, titles = [], []
         for number, target, prediction, probability in zip(*(columns[name] for name in _COLUMNS)):
             (row,) = self.data.transform(self.data.source[int(number)])
             shown.append(pictures.pixels(row["image"], self.data.ops))
             name, other = self._names[target], self._names[prediction]
-            titles.append(f"{name}\nfor {other}, {100 * probability:.0f} %")
-        title = f"Taken for another class: the {len(shown)} surest of {wrong:,} mistakes"
+            titles.append(f"{name}\npredicted {other}, {100 * probability:.0f} %")
+        title = f"The {len(shown)} most confident of {wrong:,} errors"
         return pictures.grid(shown, titles, columns=min(len(shown), 8), title=title)
 
     @functools.cached_property

@@ -17,10 +17,10 @@ class Means:
     """Evaluates `task.metrics` on every example of a dataset, each once.
 
     Attributes:
-      task: what is evaluated.
-      mesh: to run on.
-      data: what to evaluate on.
-      perplexity: whether exp(loss) is reported too: for language models, whose loss is in nats a token.
+      task: the task to evaluate.
+      mesh: the device mesh.
+      data: the evaluation data.
+      perplexity: whether to report exp(loss) too, for language models, whose loss is in nats per token.
     """
 
     task: Task
@@ -29,7 +29,7 @@ class Means:
     perplexity: bool = False
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Return metric -> mean."""
+        """Return {metric: mean}."""
         sums = merge(batches.run(self.task.metrics, params, self.data, self.mesh, check))
         means = {name: float(mean.compute()) for name, mean in sums.items()}
         return means | ({"perplexity": math.exp(min(means["loss"], 700.0))} if self.perplexity else {})

@@ -1,4 +1,4 @@
-"""Examples that know their position, so that outputs find back to them however batches were sorted."""
+"""Datasets whose examples carry their index, so that outputs can be matched after sorting by length."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from research.data.dataset import Dataset, Example, Source
 
 @dataclasses.dataclass(frozen=True)
 class Numbered:
-    """A source whose examples have `example`, their position; at most the first `count`."""
+    """A source that adds `example`, the index, to at most the first `count` examples."""
 
     source: Source
     count: int | None = None
@@ -17,7 +17,7 @@ class Numbered:
         return len(self.source) if self.count is None else min(self.count, len(self.source))
 
     def __getitem__(self, index: int) -> Example:
-        """Return an example and its position."""
+        """Return an example with its index."""
         return self.source[index] | {"example": index}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what a masked autoencoder makes of held-out images."""
+"""Pictures of held-out images reconstructed by a masked autoencoder."""
 
 import dataclasses
 import functools
@@ -19,13 +19,13 @@ from research.tasks.reconstruction import Reconstruction
 
 @dataclasses.dataclass(frozen=True)
 class Reconstructions:
-    """Draws the first images of a dataset: masked, predicted and true. What is hidden is the same each time.
+    """Draws the first images of a dataset: masked, reconstructed and original, with the same masks each time.
 
     Attributes:
       task: its `predict` gives "reconstruction" and "masked".
-      mesh: to run on.
-      data: what is drawn; what its `Normalize` did is undone.
-      count: of images.
+      mesh: the device mesh.
+      data: the images; its `Normalize` is undone.
+      count: the number of images.
     """
 
     task: Reconstruction
@@ -50,9 +50,9 @@ class Reconstructions:
 
     @property
     def _title(self) -> str:
-        title = f"{self.task.model.mask_ratio:.0%} of the patches are hidden (blue)"
+        title = f"{self.task.model.mask_ratio:.0%} of the patches are masked (blue)"
         if self.task.model.normalize_targets:
-            title += "; each prediction is given its patch's true mean and contrast"
+            title += "; predictions are rescaled to the true mean and deviation of each patch"
         return title
 
     @functools.cached_property

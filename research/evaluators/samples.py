@@ -1,4 +1,4 @@
-"""Images that a diffusion model draws: as arrays, and as a picture with a row for each class."""
+"""Samples of a diffusion model, as arrays and as a grid with one row per class."""
 
 import dataclasses
 import functools
@@ -21,17 +21,17 @@ from research.tasks.diffusion import Diffusion
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Draws images of each class, from the same noise each time, beside real ones.
+    """Draws samples of each class, from the same noise each time, beside real images.
 
     Attributes:
-      task: what draws.
-      mesh: to run on.
-      data: where the real images are from, and whose `Normalize` is undone.
+      task: the diffusion task.
+      mesh: the device mesh.
+      data: the real images; its `Normalize` is undone.
       seed: of the noise.
-      columns: images of each class that are drawn.
-      real: images of each class that are real.
-      classes: how many classes are shown, the first ones.
-      sampling: how images are drawn; as the task says where it is None.
+      columns: the number of samples per class.
+      real: the number of real images per class.
+      classes: the number of classes shown, from the first.
+      sampling: the sampler's settings; by default the task's.
     """
 
     task: Diffusion
@@ -61,12 +61,12 @@ class Samples:
             np.concatenate([row, gap, self._real[label]]) if self.real else row
             for label, row in enumerate(drawn.reshape(shown, self.columns, *drawn.shape[1:]))
         ]
-        title = f"drawn: {describe(drawing.sampling)}" + ("; the last columns: real" if self.real else "")
+        title = f"samples: {describe(drawing.sampling)}" + ("; the last columns: real" if self.real else "")
         return {"images": pictures.by_class(rows, names(self.task)[:shown], title)}
 
     @functools.cached_property
     def _real(self) -> list[np.ndarray]:
-        """The first real images of each class, [`real`, H, W, C] in [0, 1]; white where there are too few."""
+        """Return the first real images of each class, [`real`, H, W, C] in [0, 1]; white where there are too few."""
         shown = min(self.classes, self.task.model.num_classes)
         found: list[list[np.ndarray]] = [[] for _ in range(shown)]
         for i in range(len(self.data.source)):
@@ -107,7 +107,7 @@ def draw(
 
 
 def requests(labels: Sequence[int] | np.ndarray, batch_size: int, mesh: Mesh) -> Dataset:
-    """Return a dataset of labels and their numbers, in batches no larger than they need to be."""
+    """Return a dataset of labels and their numbers, in batches no larger than needed."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     records = [{"label": int(label), "number": i} for i, label in enumerate(labels)]
     size = min(batch_size, math.ceil(len(records) / ways) * ways)
@@ -115,18 +115,20 @@ def requests(labels: Sequence[int] | np.ndarray, batch_size: int, mesh: Mesh) ->
 
 
 def names(task: Diffusion) -> list[str]:
-    """Return what the classes are called: their numbers where they have no names."""
+    """Return the class names, or the class ids where there are none."""
     return list(task.label_names) or [str(i) for i in range(task.model.num_classes)]
 
 
 def check_pixels(task: Diffusion) -> None:
-    """Raise UserError unless what the model draws can be looked at."""
+    """Raise UserError unless the samples of the model are images."""
     if task.model.num_channels not in (1, 3):
-        raise UserError(f"{task.model.num_channels} channels are no picture but latents, which their decoder shows")
+        raise UserError(
+            f"samples of {task.model.num_channels} channels are latents, not images; decode them with their autoencoder"
+        )
 
 
 def describe(sampling: Sampling) -> str:
-    """Return how images were drawn, in words."""
+    """Return a description of the sampler for titles."""
     name = "Euler" if sampling.sampler == "euler" else sampling.sampler.upper()
     guided = f", guidance {sampling.guidance:g}" if sampling.guidance != 1 else ""
     return f"{name}, {sampling.steps} step{'s' * (sampling.steps > 1)}{guided}"

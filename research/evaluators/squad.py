@@ -1,4 +1,4 @@
-"""Question answering scored as SQuAD is: exact match and F1 of words (Rajpurkar 2016; 2018 for unanswerable ones)."""
+"""SQuAD metrics: exact match and F1 of words (Rajpurkar 2016; v2 with unanswerable questions, 2018)."""
 
 import collections
 import dataclasses
@@ -23,10 +23,10 @@ class Squad:
     """Answers every question of a dataset from all its windows, and scores the answers.
 
     Attributes:
-      task: whether it may answer "no answer" (its `null_threshold`) says whether the rules are v2's or v1.1's.
-      mesh: to run on.
-      data: what to evaluate on; one of its ops is `Windows`.
-      answers: the field whose `text` lists the right answers.
+      task: with a `null_threshold` it may abstain and is scored by v2's rules, else by v1.1's.
+      mesh: the device mesh.
+      data: the evaluation data; one of its ops is `Windows`.
+      answers: the field whose `text` lists the reference answers.
     """
 
     task: QuestionAnswering
@@ -61,7 +61,7 @@ class Squad:
     def _answered(
         self, data: Dataset, number: int, windows: dict[int, dict[str, np.ndarray]]
     ) -> tuple[str, str, float, list[str]]:
-        """Return the answer, the best answer that is not null, how much better null scores, and the right answers."""
+        """Return the answer, the best non-null answer, the margin of the null score over it, and the references."""
         example = data.source[number]
         if self.answers not in example:
             raise UserError(f"answers: examples have no '{self.answers}'{nearest(self.answers, example)}")
@@ -72,7 +72,7 @@ class Squad:
 
 
 def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return "exact_match" and "f1", means over questions of the best over the right answers (v1.1)."""
+    """Return "exact_match" and "f1", means over questions of the best over the references (v1.1)."""
     return {
         name: float(np.mean([_best(compare, *pair) for pair in zip(predictions, answers)]))
         for name, compare in (("exact_match", text_scores.same), ("f1", text_scores.overlap))
@@ -85,13 +85,13 @@ def score_v2(
     """Return the scores of SQuAD v2, see `Squad`.
 
     Args:
-      predictions: "" where the question is said to have no answer.
-      bests: the best answers that are not "", which a higher threshold would give.
-      leads: by how much "no answer" scores better than these.
-      answers: the right answers; none where the question has no answer.
+      predictions: "" where no answer is predicted.
+      bests: the best non-empty answers, which a higher threshold would give.
+      leads: the margin of "no answer" over these.
+      answers: the references; empty for unanswerable questions.
     """
     answerable = np.array([len(each) > 0 for each in answers])
-    # An answer that is nothing but articles and punctuation does not count.
+    # Answers of only articles and punctuation are dropped.
     answers = [[text for text in each if text_scores.normalise(text)] or [""] for each in answers]
     result, best = {}, {}
     for name, compare in (("exact", text_scores.same), ("f1", text_scores.overlap_v2)):
@@ -110,16 +110,16 @@ def best_threshold(values: np.ndarray, leads: np.ndarray, answerable: np.ndarray
 
     Args:
       values: [N], the scores where the questions are answered.
-      leads: [N]; those that exceed the threshold are not answered.
-      answerable: [N], bool; where it is false, to give no answer scores 1.
+      leads: [N]; questions above the threshold are not answered.
+      answerable: [N], bool; where false, abstaining scores 1.
     """
     finite = np.isfinite(leads)
     order = np.argsort(np.where(finite, leads, np.inf), kind="stable")
-    # Sums when the first 0, 1, 2, ... in this order are answered. Those without any candidate never are.
+    # Sums if the first 0, 1, 2, ... in this order are answered; those without candidates never are.
     gains = np.where(finite, values - ~answerable, 0.0)[order]
     sums = (~answerable).sum() + np.concatenate([[0.0], np.cumsum(gains)])
     ascending = leads[order]
-    # A threshold cannot tell equal leads apart.
+    # A threshold cannot separate equal margins.
     possible = np.concatenate([[True], ascending[1:] != ascending[:-1], [True]]) if len(order) else np.array([True])
     chosen = int(np.where(possible, sums, -np.inf).argmax())
     lowest = float(ascending[0]) - 1 if finite.any() else 0.0

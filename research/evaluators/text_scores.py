@@ -1,4 +1,4 @@
-"""Scores of written texts against references: functions of lists, nothing else.
+"""Metrics of generated texts against references, as functions of lists.
 
 BLEU (Papineni 2002) and chrF (Popović 2015) are sacreBLEU's, between 0 and 100, and to be quoted with its signature
 (Post 2018). ROUGE (Lin 2004), exact match and F1 of words are fractions in [0, 1].
@@ -14,7 +14,7 @@ import numpy as np
 import sacrebleu
 
 Texts = Sequence[str]
-References = Sequence[Sequence[str]]  # of each text, one or more
+References = Sequence[Sequence[str]]  # one or more per text
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -40,7 +40,7 @@ def rouge2(predictions: Texts, references: References) -> float:
 
 
 def rouge_l(predictions: Texts, references: References) -> float:
-    """Return the mean F1 of the longest common subsequence of words, the text taken as one sentence."""
+    """Return the mean F1 of the longest common subsequence of words, with the text as one sentence."""
     return _mean(lambda text, reference: _rouge_lcs([text], [reference]), predictions, references)
 
 
@@ -136,7 +136,7 @@ def _rouge_lcs(text: Sequence[str], reference: Sequence[str]) -> float:
     common = 0
     for line in right:
         places = set().union(*(_common_places(line, other) for other in predicted))
-        # A predicted word vouches for one word of the reference only.
+        # A predicted word matches at most one word of the reference.
         matched = collections.Counter(line[i] for i in places) & left
         left -= matched
         common += matched.total()
@@ -148,7 +148,7 @@ def _common_places(words: Sequence[str], others: Sequence[str]) -> set[int]:
     lengths = np.zeros((len(words) + 1, len(others) + 1), int)
     same = np.asarray(words, object)[:, None] == np.asarray(others, object)[None]
     for i in range(len(words)):
-        # Along a row a length never falls, so the left neighbour's is a running maximum.
+        # Lengths never decrease along a row, so the left neighbour is a running maximum.
         lengths[i + 1, 1:] = np.maximum.accumulate(np.maximum(lengths[i, 1:], (lengths[i, :-1] + 1) * same[i]))
     places, i, j = set(), len(words), len(others)
     while i and j:

@@ -24,7 +24,7 @@ from research.generation.decoding import (
 )
 from research.task import Batch, Params
 
-LEAST = -1e9  # the score of what is no candidate
+LEAST = -1e9  # the score of invalid candidates
 
 
 def beam_search(
@@ -33,7 +33,7 @@ def beam_search(
     """Return the K best outputs of each prompt, int32 [B, K, N], and their scores, float32 [B, K], best first.
 
     The score is the sum of the tokens' log-probabilities divided by length ** length_penalty. The arguments are those
-    of `generate`, and outputs are ended and filled up alike.
+    of `generate`, and outputs are terminated and padded alike.
     """
     params = unstack(params)
     eos_id, pad_id = token_ids(tokenizer)
@@ -57,14 +57,14 @@ def beam_search(
 
 @dataclasses.dataclass(frozen=True)
 class _BeamSearch:
-    """What beam search does between two calls of the model."""
+    """The update of beam search between two calls of the model."""
 
     decoding: Decoding
     eos_id: int | None
     pad_id: int
 
     def start(self, count: int, state: State, seen: jax.Array | None, room_B: jax.Array | None) -> dict[str, Any]:
-        """Return the beams of `count` prompts; all but the first one of each count for nothing."""
+        """Return the beams of `count` prompts; only the first of each prompt is valid at the start."""
         beams, length = self.decoding.num_beams, self.decoding.max_new_tokens
         tokens_BxKxN = jnp.full((count, beams, length), self.pad_id, jnp.int32)
         least_BxK = jnp.full((count, beams), LEAST)
@@ -78,18 +78,18 @@ class _BeamSearch:
             "finished_tokens": tokens_BxKxN,
             "finished_scores": least_BxK,
             "finished": jnp.zeros((count, beams), bool),
-            "improvable": jnp.ones(count, bool),  # whether a running beam may still become one of the K best
+            "improvable": jnp.ones(count, bool),  # whether a running beam can still enter the K best
         } | ({} if seen is None else {"seen": seen})
 
     def unfinished(self, beams: dict[str, Any]) -> jax.Array:
-        """Return whether there is anything left to do."""
+        """Return whether any beam is still running."""
         going = (beams["count"] < self.decoding.max_new_tokens) & beams["improvable"].any()
         return going & ~beams["finished"].all() if self.decoding.early_stopping else going
 
     def expand(self, beams: dict[str, Any], logits: jax.Array) -> dict[str, Any]:
-        """Add a token to the beams, whose next logits are [B * K, V]; twice as many candidates are looked at."""
+        """Add a token to the beams, whose next logits are [B * K, V]; 2 K candidates are considered."""
         (count, width), settings, i = beams["scores"].shape, self.decoding, beams["count"]
-        past_B = i >= beams["most"]  # their logits may be NaN, which a search takes for the best of all
+        past_B = i >= beams["most"]  # their logits may be NaN, which top_k would rank first
         scores = jax.nn.log_softmax(jnp.where(jnp.repeat(past_B, width)[:, None], 0.0, logits))
         if "seen" in beams:
             scores = penalise(scores, beams["seen"], settings.repetition_penalty)
@@ -122,7 +122,7 @@ class _BeamSearch:
     def _finish(
         self, beams: dict[str, Any], tokens_BxCxN: jax.Array, scores_BxC: jax.Array, ended_BxC: jax.Array
     ) -> dict[str, Any]:
-        """Let candidates that have ended, and are among the best K, in among the K best finished outputs."""
+        """Merge ended candidates that are among the best K into the K best finished outputs."""
         width = self.decoding.num_beams
         ended_BxC &= jnp.arange(2 * width) < width
         scores_BxC = scores_BxC / (beams["count"] + 1.0) ** self.decoding.length_penalty

@@ -1,4 +1,4 @@
-"""Text from language models: the likeliest token each time, samples, or beam search, by a cache of keys and values.
+"""Decoding settings, and prefill and single-token steps of language models with a key-value cache.
 
 Shape letters: B prompts, T places of a prompt, N new tokens, V vocabulary, K beams of a prompt, S places in the cache.
 The numbers are those of Hugging Face Transformers' `generate`, so that its settings mean the same here.
@@ -17,29 +17,29 @@ from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 from research.task import Batch, Params
 
-State = dict[str, Any]  # what a model remembers of its rows: "cache", "mask" and perhaps "source" and "source_mask"
+State = dict[str, Any]  # the decoding state: "cache", "mask" and perhaps "source" and "source_mask"
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How text is generated.
+    """The settings of text generation.
 
     Attributes:
-      max_new_tokens: N, the most tokens, the end token included.
-      temperature: what logits are divided by before a token is drawn; 0 takes the likeliest one.
-      top_k: draw from that many of the likeliest tokens (Fan 2018); 0 for all.
-      top_p: draw from the fewest tokens that have this share of the probability (Holtzman 2019); 1 for all.
-      min_p: draw from tokens that have at least this share of the likeliest one's probability (Nguyen 2024).
-      repetition_penalty: what logits of tokens that occurred already are divided by, or multiplied with where they are
-        negative (Keskar 2019); 1 changes nothing.
-      num_beams: K of beam search; 1 for none.
+      max_new_tokens: N, the maximum number of tokens, including the end token.
+      temperature: the divisor of the logits before sampling; 0 is greedy decoding.
+      top_k: sample from the k most likely tokens (Fan 2018); 0 for all.
+      top_p: sample from the smallest set of tokens with this total probability (Holtzman 2019); 1 for all.
+      min_p: sample from tokens with at least this share of the highest probability (Nguyen 2024).
+      repetition_penalty: positive logits of earlier tokens are divided by it, negative ones multiplied (Keskar 2019);
+        1 disables it.
+      num_beams: K of beam search; 1 disables it.
       length_penalty: a finished beam's log-probability is divided by its length to this power.
-      early_stopping: end when K beams have finished; else when no running one, at its present length, beats them.
-      stop: texts, or special tokens by their names, that end the output, and are no part of it.
-      decoder_start_id: what an encoder-decoder's output begins with; None for the padding token, T5's and Marian's.
-      bos: whether a prompt is put after the token that begins a text, as `data.language.CausalTokens` does.
-      chat: whether a prompt is a user's turn, to be put into the tokenizer's chat template.
-      prefix: what is put before every prompt, as `data.language.Seq2Seq` does with what it reads.
+      early_stopping: end when K beams have finished; else when no running beam, at its current length, beats them.
+      stop: texts, or special tokens by their names, that end the output and are excluded from it.
+      decoder_start_id: what an encoder-decoder's output begins with; None for the padding token, as in T5 and Marian.
+      bos: whether to put the beginning-of-text token before a prompt, as `data.language.CausalTokens` does.
+      chat: whether a prompt is a user's turn, formatted by the tokenizer's chat template.
+      prefix: text put before every prompt, as in `data.language.Seq2Seq`.
     """
 
     max_new_tokens: int = 64
@@ -60,24 +60,24 @@ class Decoding:
     def __post_init__(self):
         for name, least in {"max_new_tokens": 1, "num_beams": 1, "temperature": 0, "top_k": 0}.items():
             if (value := getattr(self, name)) < least:
-                raise UserError(f"{name}: {value} is less than {least}")
+                raise UserError(f"{name}: {value} must be at least {least}")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p: {self.top_p} is not above 0 and at most 1")
+            raise UserError(f"top_p: {self.top_p} must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p: {self.min_p} is not between 0 and 1")
+            raise UserError(f"min_p: {self.min_p} must lie in [0, 1]")
         if self.repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty: {self.repetition_penalty} is not above 0")
+            raise UserError(f"repetition_penalty: {self.repetition_penalty} must be above 0")
         if "" in self.stop:
-            raise UserError("stop: an empty text would end every output before it begins")
+            raise UserError("stop: an empty text would end every output at once; remove it")
         if self.temperature and self.num_beams > 1:
             raise UserError(
-                f"temperature: beam search draws nothing; set it to 0, or num_beams to 1, not {self.num_beams}"
+                f"temperature: beam search does not sample; set it to 0, or num_beams to 1, not {self.num_beams}"
             )
         self._check_idle(("top_k", "top_p", "min_p"), not self.temperature, "a temperature above 0")
         self._check_idle(("length_penalty", "early_stopping"), self.num_beams == 1, "num_beams above 1")
 
     def _check_idle(self, names: Sequence[str], idle: bool, needed: str) -> None:
-        """Raise UserError for a setting that would change nothing."""
+        """Raise UserError for a setting that has no effect."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in names:
             if idle and getattr(self, name) != defaults[name]:
@@ -85,7 +85,7 @@ class Decoding:
 
 
 def penalise(scores_BxV: jax.Array, seen_BxV: jax.Array, penalty: float) -> jax.Array:
-    """Make scores of tokens that were seen worse: divides those above 0 by the penalty, multiplies those below."""
+    """Apply the repetition penalty to the logits of seen tokens: divide positive ones by it, multiply negative ones."""
     worse_BxV = jnp.where(scores_BxV < 0, scores_BxV * penalty, scores_BxV / penalty)
     return jnp.where(seen_BxV, worse_BxV, scores_BxV)
 
@@ -93,17 +93,17 @@ def penalise(scores_BxV: jax.Array, seen_BxV: jax.Array, penalty: float) -> jax.
 def prefill(
     model: nn.Module, params: Params, batch: Batch, decoding: Decoding, pad_id: int = 0
 ) -> tuple[jax.Array, State]:
-    """Read prompts, or the inputs of an encoder.
+    """Prefill: process prompts, or the inputs of an encoder.
 
     Args:
       model: see `generate`.
       params: as `unstack` returns them.
       batch: see `generate`.
-      decoding: the cache gets room for as many tokens as it allows.
-      pad_id: what an encoder-decoder's output begins with, where `decoding` says nothing else.
+      decoding: its max_new_tokens sets the size of the cache.
+      pad_id: the first decoder input, unless `decoding` sets another.
 
     Returns:
-      the logits float32 [B, V] of the tokens that come first, and what `advance` needs for the next ones.
+      the logits float32 [B, V] of the first tokens, and the state for `advance`.
     """
     ids_BxT = batch["input_ids"]
     mask_BxT = (batch["attention_mask"] != 0).astype(jnp.int32) if "attention_mask" in batch else jnp.ones_like(ids_BxT)
@@ -117,7 +117,7 @@ def prefill(
 
 
 def advance(model: nn.Module, params: Params, state: State, token_B: jax.Array) -> tuple[jax.Array, State]:
-    """Return the logits float32 [B, V] of what follows one more token int32 [B], and the state after it."""
+    """Return the logits float32 [B, V] after one more token int32 [B], and the new state."""
     return _apply(model, params, state, token_B[:, None])
 
 
@@ -135,7 +135,7 @@ def _apply(model: nn.Module, params: Params, state: State, ids_BxT: jax.Array) -
 
 
 def unstack(params: Params) -> Params:
-    """Return the parameters with those of each of the decoder's layers by themselves; see `layers.stack`."""
+    """Return the parameters with the decoder's layers unstacked; see `layers.stack`."""
     if "decoder" in params:
         return {**params, "decoder": unstack(params["decoder"])}
     stacked = params.get("layers", {})
@@ -146,9 +146,9 @@ def unstack(params: Params) -> Params:
 
 
 def _left_padded(ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Turn rows around so that their padding comes first."""
+    """Rotate rows so that their padding comes first."""
     length = ids_BxT.shape[1]
-    after_B = jnp.argmax(mask_BxT[:, ::-1], axis=1)  # how much padding comes last
+    after_B = jnp.argmax(mask_BxT[:, ::-1], axis=1)  # trailing padding
     index_BxT = (jnp.arange(length)[None] - after_B[:, None]) % length
     return jnp.take_along_axis(ids_BxT, index_BxT, 1), jnp.take_along_axis(mask_BxT, index_BxT, 1)
 
@@ -165,23 +165,23 @@ def seen_tokens(batch: Batch, state: State, decoding: Decoding, pad_id: int, voc
 
 
 def room(model: nn.Module, batch: Batch) -> jax.Array | None:
-    """Return how many tokens, int32 [B], a decoder may generate; None where its positions have no end."""
+    """Return how many tokens, int32 [B], a decoder may generate; None if its positions are unbounded."""
     if getattr(model, "positions", None) != "learned":
         return None
     ids_BxT = batch["input_ids"]
     mask_BxT = batch["attention_mask"] != 0 if "attention_mask" in batch else jnp.ones(ids_BxT.shape, bool)
-    return model.max_positions + 1 - mask_BxT.sum(axis=1, dtype=jnp.int32)  # the last token is not read any more
+    return model.max_positions + 1 - mask_BxT.sum(axis=1, dtype=jnp.int32)  # the last token is not fed back
 
 
 def token_ids(tokenizer: Tokenizer | None) -> tuple[int | None, int]:
-    """Return the token that ends a text and the one that fills it up."""
+    """Return the end token and the padding token."""
     return (None, 0) if tokenizer is None else (tokenizer.eos_id, tokenizer.pad_id)
 
 
 def pad(prompts: Sequence[Sequence[int]], pad_id: int, least: int = 16) -> dict[str, np.ndarray]:
     """Return prompts as a batch, int32 [B, T], padded on the left.
 
-    T is a power of two, and `least` or more, so that few programs are compiled.
+    T is a power of two and at least `least`, so that few programs are compiled.
     """
     length = least
     while length < max(map(len, prompts)):
@@ -194,23 +194,25 @@ def pad(prompts: Sequence[Sequence[int]], pad_id: int, least: int = 16) -> dict[
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise UserError unless it is an encoder-decoder, or a decoder, which keeps a cache."""
+    """Raise UserError unless the model is a decoder or an encoder-decoder."""
     if hasattr(model, "encode"):
         return
     inputs = jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if not hasattr(model, "hidden") or "cache" not in jax.eval_shape(model.init, *inputs):
-        raise UserError(f"config.task.model: {type(model).__name__} cannot generate text; it is no decoder")
+        raise UserError(
+            f"config.task.model: {type(model).__name__} cannot generate text; use a decoder or an encoder-decoder"
+        )
 
 
 def check_room(model: nn.Module, prompt: int, decoding: Decoding) -> None:
-    """Raise UserError unless a decoder has positions for that many tokens of a prompt and those that follow."""
+    """Raise UserError unless a decoder has enough positions for the prompt and the new tokens."""
     if getattr(model, "positions", None) != "learned":
         return
     most = model.max_positions
     if prompt >= most:
-        raise UserError(f"the prompt has {prompt} tokens, and the model positions for {most}; shorten it")
+        raise UserError(f"the prompt has {prompt} tokens, but the model has {most} positions; shorten it")
     if prompt + decoding.max_new_tokens > most + 1:
         raise UserError(
             f"config.decoding.max_new_tokens: {decoding.max_new_tokens} are too many after a prompt of {prompt} "
-            f"tokens, as the model has positions for {most}; set at most {most + 1 - prompt}"
+            f"tokens, as the model has {most} positions; set at most {most + 1 - prompt}"
         )

@@ -1,7 +1,7 @@
-"""Diffusion: how noise is mixed into data, what a model may say of the mixture, and how samples are drawn with it.
+"""Diffusion and flow processes: noise schedules, prediction targets and samplers.
 
-At time t data x_0 have become x_t = signal_t x_0 + noise_t e, with e normal. What a model says of x_t, be it the noise,
-the v of Salimans 2022 or the velocity of rectified flow, gives the pair (x_0, e), and that is all that sampling needs.
+At time t data x_0 have become x_t = signal_t x_0 + noise_t e, with e normal. The output of a model at x_t, whether the
+noise, the v of Salimans 2022 or the velocity of rectified flow, gives the pair (x_0, e) that samplers need.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ Grid = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn.
+    """The settings of a sampler.
 
     Attributes:
       sampler: "ddpm", ancestral (Ho 2020), with the learned variance where there is one; "ddim" (Song 2020); "euler",
         for flows.
-      steps: how often the model is asked.
-      guidance: how far beyond what the model says without a class its word for the class is followed (Ho 2022): 1 asks
-        for the class only, more trades variety for likeness.
+      steps: the number of sampling steps.
+      guidance: the scale of classifier-free guidance (Ho 2022): 1 is the conditional model, more trades diversity for
+        fidelity.
       eta: the share of ancestral noise in "ddim".
-      clip: whether each estimate of the data is cut to [-1, 1], where images are; not for latents.
+      clip: whether to clip each estimate of the data to [-1, 1], for images; not for latents.
     """
 
     sampler: str = "ddim"
@@ -47,17 +47,17 @@ class Sampling:
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta: {self.eta} must lie in [0, 1]")
         if self.eta and self.sampler != "ddim":
-            raise UserError(f"eta: sampler '{self.sampler}' takes none")
+            raise UserError(f"eta: sampler '{self.sampler}' does not use it; leave it out")
 
 
 def _linear(num_steps: int) -> np.ndarray:
-    """Variances from 1e-4 to 0.02 in 1,000 steps (Ho 2020), as many times larger as there are fewer steps."""
+    """Return the linear schedule: variances from 1e-4 to 0.02 at 1,000 steps (Ho 2020), scaled for fewer steps."""
     betas = np.linspace(1e-4, 0.02, num_steps) * 1000 / num_steps
     return np.cumprod(1 - np.minimum(betas, 0.999))
 
 
 def _cosine(num_steps: int) -> np.ndarray:
-    """A squared cosine (Nichol 2021, equation 17); no step adds a greater share of noise than 0.999."""
+    """Return the cosine schedule (Nichol 2021, equation 17), with variances clipped to 0.999."""
     bars = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.cumprod(np.maximum(bars[1:] / bars[:-1], 0.001))
 
@@ -68,11 +68,11 @@ PREDICTIONS = ("epsilon", "v")
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """The diffusion of DDPM (Ho 2020): T discrete steps that keep the variance.
+    """The diffusion of DDPM (Ho 2020): T discrete variance-preserving steps.
 
     Attributes:
       schedule: "linear" or "cosine".
-      prediction: what the model says: "epsilon", the noise, or "v" = signal_t e - noise_t x_0 (Salimans 2022).
+      prediction: the model's target: "epsilon", the noise, or "v" = signal_t e - noise_t x_0 (Salimans 2022).
       num_steps: T.
     """
 
@@ -90,11 +90,11 @@ class Gaussian:
 
     @functools.cached_property
     def table(self) -> Grid:
-        """Arrays float64 [T]: what `_table` says of every step."""
+        """The arrays of `_table` for all steps, float64 [T]."""
         return _table(SCHEDULES[self.schedule](self.num_steps))
 
     def time(self, shares_B: jax.Array) -> jax.Array:
-        """Map numbers in [0, 1) to times as the model is told them, the steps 0 to T - 1."""
+        """Map numbers in [0, 1) to the times given to the model, the steps 0 to T - 1."""
         return jnp.floor(shares_B * self.num_steps)
 
     def at(self, time_B: jax.Array) -> Pair:
@@ -106,21 +106,21 @@ class Gaussian:
         return jnp.asarray(self.table[name], jnp.float32)[time_B.astype(jnp.int32)]
 
     def target(self, data: jax.Array, noise: jax.Array, at: Pair) -> jax.Array:
-        """Return what the model is to say of the mixture of `data` and `noise`."""
+        """Return the model's target for the mixture of `data` and `noise`."""
         return noise if self.prediction == "epsilon" else at[0] * noise - at[1] * data
 
     def pair(self, prediction: jax.Array, mixture: jax.Array, at: Pair) -> Pair:
-        """Return the data and the noise that the model sees in a mixture."""
+        """Return the estimates of the data and the noise from the model's output at a mixture."""
         if self.prediction == "epsilon":
             return (mixture - at[1] * prediction) / at[0], prediction
         return at[0] * mixture - at[1] * prediction, at[1] * mixture + at[0] * prediction
 
     def grid(self, sampling: Sampling) -> Grid:
-        """Return what `sample` does at each of its steps, from noise to data; raise UserError if it cannot."""
+        """Return the sampling steps, from noise to data; raise UserError if the settings do not fit."""
         _check_sampler(sampling, ("ddpm", "ddim"))
         if sampling.steps > self.num_steps:
-            raise UserError(f"sampling.steps: {sampling.steps} are more than the {self.num_steps} of training")
-        # Evenly spaced, the noisiest among them (Nichol 2021, section 4); steps between them are steps of their own.
+            raise UserError(f"sampling.steps: {sampling.steps} exceeds the {self.num_steps} steps of training")
+        # Evenly spaced, including the noisiest (Nichol 2021, section 4); skipped steps are merged.
         times = np.round(np.linspace(self.num_steps - 1, 0, sampling.steps)).astype(int)
         table = _table(self.table["signal"][times[::-1]] ** 2)
         eta = 1.0 if sampling.sampler == "ddpm" else sampling.eta
@@ -159,11 +159,11 @@ def _table(bars: np.ndarray) -> Grid:
 class Flow:
     """Rectified flow (Liu 2022; Lipman 2022): straight lines from data at time 0 to noise at time 1.
 
-    The model says the velocity e - x_0; it is told the time in thousandths.
+    The model predicts the velocity e - x_0 and is given the time in thousandths.
     """
 
     def time(self, shares_B: jax.Array) -> jax.Array:
-        """Map numbers in [0, 1) to times as the model is told them."""
+        """Map numbers in [0, 1) to the times given to the model."""
         return 1000 * shares_B
 
     def at(self, time_B: jax.Array) -> Pair:
@@ -171,16 +171,16 @@ class Flow:
         return 1 - time_B / 1000, time_B / 1000
 
     def target(self, data: jax.Array, noise: jax.Array, at: Pair) -> jax.Array:
-        """Return what the model is to say of the mixture of `data` and `noise`."""
-        del at  # the velocity is the same all the way
+        """Return the model's target for the mixture of `data` and `noise`."""
+        del at  # the velocity is constant along the path
         return noise - data
 
     def pair(self, prediction: jax.Array, mixture: jax.Array, at: Pair) -> Pair:
-        """Return the data and the noise that the model sees in a mixture."""
+        """Return the estimates of the data and the noise from the model's output at a mixture."""
         return mixture - at[1] * prediction, mixture + at[0] * prediction
 
     def grid(self, sampling: Sampling) -> Grid:
-        """Return what `sample` does at each of its steps, from noise to data; raise UserError if it cannot."""
+        """Return the sampling steps, from noise to data; raise UserError if the settings do not fit."""
         _check_sampler(sampling, ("euler",))
         times = np.linspace(1, 0, sampling.steps + 1)
         now, after, none = times[:-1], times[1:], np.zeros(sampling.steps)
@@ -195,28 +195,28 @@ def _check_sampler(sampling: Sampling, known: tuple[str, ...]) -> None:
 
 
 def expand(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
-    """Give [B] as many axes as `like` has."""
+    """Reshape [B] to broadcast against `like`."""
     return numbers_B.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def bound(
     process: Gaussian, data: jax.Array, mixture: jax.Array, time_B: jax.Array, seen: jax.Array, share: jax.Array
 ) -> jax.Array:
-    """Return the variational bound's term at each time, in bits a number, float32 [B] (Nichol 2021, section 3.1).
+    """Return the variational bound's term at each time, in bits per dimension, float32 [B] (Nichol 2021, section 3.1).
 
     Args:
       process: T times the mean of the terms over all times bounds the bits that images of 256 levels in [-1, 1] need.
       data: x_0, [B, ...].
       mixture: x_t.
       time_B: t.
-      seen: the data that the model sees in the mixture.
+      seen: the data as estimated by the model.
       share: where the logarithm of the variance lies between its bounds, 0 to 1.
     """
     look_up = {name: expand(process.look_up(name, time_B), data) for name in process.table}
     log_variance = share * look_up["log_large"] + (1 - share) * look_up["log_small"]
     mean = _posterior_mean(look_up, seen, mixture)
     error = _posterior_mean(look_up, data, mixture) - mean
-    # The divergence of the model's step downwards from the true one, both normal.
+    # The KL divergence between the true and the model's reverse step, both normal.
     excess = look_up["log_small"] - log_variance
     divergence = 0.5 * (jnp.exp(excess) - 1 - excess + jnp.square(error) * jnp.exp(-log_variance))
     terms = jnp.where(expand(time_B, data) == 0, -_log_likelihood(data, mean, 0.5 * log_variance), divergence)
@@ -231,7 +231,7 @@ def _posterior_mean(look_up: dict[str, jax.Array], data: jax.Array, mixture: jax
 
 
 def _log_likelihood(data: jax.Array, mean: jax.Array, log_deviation: jax.Array) -> jax.Array:
-    """Return the logarithm of the share of a normal distribution that rounds to each of 256 levels in [-1, 1]."""
+    """Return the log-likelihood of 256-level data in [-1, 1] under a discretised normal distribution."""
     half = 1 / 255
 
     def below(edge: jax.Array) -> jax.Array:
@@ -249,14 +249,14 @@ def sample(
     shape: tuple[int, ...],
     sampling: Sampling,
 ) -> jax.Array:
-    """Draw samples: noise at first, and at each step as much of it as belongs to the next one; one compiled loop.
+    """Draw samples by iterative denoising, in one compiled loop.
 
     Args:
-      process: that the model was trained for.
-      predict: (x_t, times [B]) -> what the model says, and the learned variance's place between its bounds, or None.
-      keys_B: a key for each sample, of which it is a function whatever else is drawn with it.
-      shape: of one sample.
-      sampling: how.
+      process: the process that the model was trained on.
+      predict: (x_t, times [B]) -> the model's output, and the learned variance's position between its bounds or None.
+      keys_B: a key per sample, which determines it whatever the rest of the batch.
+      shape: the shape of one sample.
+      sampling: the settings.
 
     Returns:
       float32 [B, *shape].

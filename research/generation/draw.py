@@ -1,4 +1,4 @@
-"""Images out of a diffusion model: what --mode=generate does with such a run."""
+"""Image generation with a diffusion model, for --mode=generate."""
 
 import pathlib
 import re
@@ -16,12 +16,12 @@ from research.reporting import pictures
 from research.task import Params
 from research.tasks.diffusion import Diffusion
 
-EACH = 8  # images of a class, and
-SHOWN = 10  # classes, where nobody says which
+EACH = 8  # default number of images per class
+SHOWN = 10  # default number of classes
 
 
 def experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
-    """Return the objects of a config, without a look at its training data."""
+    """Return the objects of a config without loading its training data."""
     if config.get("derived"):
         return Experiment(config, workdir=workdir)
     config = ConfigDict(config.to_dict())
@@ -35,14 +35,15 @@ def experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
 
 
 def classes(task: Diffusion, prompt: str) -> list[int]:
-    """Return the class of each image that is asked for.
+    """Return the class of each requested image.
 
     Args:
-      task: what draws.
-      prompt: names or numbers of classes, separated by commas, each with "*8" for eight images; "" for some of all.
+      task: the diffusion task.
+      prompt: names or numbers of classes, separated by commas, each optionally with "*8" for eight images; "" for a few
+        images of the first classes.
 
     Raises:
-      UserError: there is no such class.
+      UserError: a class is unknown, or no image is requested.
     """
     known = samples.names(task)
     numbers = {str(i): i for i in range(len(known))} | {name: i for i, name in enumerate(known)}
@@ -51,18 +52,18 @@ def classes(task: Diffusion, prompt: str) -> list[int]:
         match = re.fullmatch(r"(?P<name>.*?)(?:\*\s*(?P<count>\d+))?", part.strip())
         name, count = (match["name"].strip(), match["count"]) if match else (part, None)
         if name not in numbers:
-            raise UserError(f"--prompt: there is no class '{name}'{nearest(name, known)}")
+            raise UserError(f"--prompt: unknown class '{name}'{nearest(name, known)}")
         labels += [numbers[name]] * int(count or 1)
     if not labels:
-        raise UserError("--prompt: it asks for no image")
+        raise UserError("--prompt: it requests no images; name at least one class")
     return labels
 
 
 def target(task: Diffusion, output: str, workdir: pathlib.Path) -> pathlib.Path:
-    """Return where images go: `output`, or for "-" a file in figures/ of the run.
+    """Return the path of the output: `output`, or for "-" a file in figures/ of the run.
 
     Raises:
-      UserError: it can be no PNG file, no folder and no .npz file, or what is drawn is no picture, but latents.
+      UserError: it is neither a .png file, a folder nor an .npz file, or the samples are latents.
     """
     visible = task.model.num_channels in (1, 3)
     path = pathlib.Path(output).expanduser()
@@ -73,7 +74,7 @@ def target(task: Diffusion, output: str, workdir: pathlib.Path) -> pathlib.Path:
     if path.suffix != ".npz":
         samples.check_pixels(task)
     if path.suffix and path.is_dir():
-        raise UserError(f"--output: {path} is a folder")
+        raise UserError(f"--output: {path} is an existing folder, not a file")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Text from language models, one token after the other: the likeliest one each time, or samples.
+"""Autoregressive text generation: greedy decoding and sampling.
 
 Shape letters as in `decoding`.
 """
@@ -36,17 +36,17 @@ def generate(
     rng: jax.Array | None = None,
     rows_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the tokens int32 [B, N] that follow prompts, or that an encoder-decoder makes of its inputs. Pure.
+    """Return the tokens int32 [B, N] generated after prompts, or by an encoder-decoder from its inputs. Pure.
 
     Args:
       model: a decoder such as `gpt.Decoder`, or an encoder-decoder, which has a method `encode`.
       params: of the model, stacked or as `unstack` returns them.
       batch: "input_ids" int [B, T] and, where there is padding, "attention_mask", which is 0 at it. The prompts of a
         decoder may be padded on either side.
-      decoding: the settings; `stop` is for `detokenizer.completion` to see to.
-      tokenizer: says which token ends an output and which one fills it up; without it none does, and 0 does.
-      rng: of the samples.
-      rows_B: int [B]. A sample is a function of `rng`, this number and the prompt; 0, 1, ... where it is left out.
+      decoding: the settings; `stop` is applied by `detokenizer.completion`.
+      tokenizer: gives the end and padding tokens; without it there is no end token, and padding is 0.
+      rng: the key for sampling.
+      rows_B: int [B]. A sample is a function of `rng`, this number and the prompt; by default 0, 1, ...
 
     Returns:
       the end token, where there is one, is followed by padding; so is the last token that the model, if its positions
@@ -74,7 +74,7 @@ def generate(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-    """Chooses one token after the other for B rows that do not know of each other; its methods are pure.
+    """Chooses tokens for B independent rows; its methods are pure.
 
     Attributes:
       model: see `generate`.
@@ -89,7 +89,7 @@ class Sampler:
     pad_id: int
 
     def start(self, params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Return the first tokens int32 [B], and what `step` needs; `keys_B` are those of `row_keys`."""
+        """Return the first tokens int32 [B], and the state for `step`; `keys_B` are those of `row_keys`."""
         logits_BxV, state = prefill(self.model, params, batch, self.decoding, self.pad_id)
         carry = {"state": state, "keys": keys_B, "count": jnp.int32(0)}
         carry["finished"] = jnp.zeros(len(logits_BxV), bool)
@@ -100,7 +100,7 @@ class Sampler:
         return self._choose(logits_BxV, carry)
 
     def step(self, params: Params, token_B: jax.Array, carry: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-        """Return the tokens int32 [B] that follow `token_B`, and what the next step needs."""
+        """Return the tokens int32 [B] that follow `token_B`, and the new state."""
         logits_BxV, state = advance(self.model, params, carry["state"], token_B)
         return self._choose(logits_BxV, carry | {"state": state})
 
@@ -129,7 +129,7 @@ def row_keys(rng: jax.Array | None, rows_B: jax.Array) -> jax.Array:
 
 
 def warp(logits_BxV: jax.Array, decoding: Decoding) -> jax.Array:
-    """Return the logits to draw from: by temperature, then top-k, top-p and min-p; -inf where a token is left out."""
+    """Return the logits to draw from: by temperature, then top-k, top-p and min-p; -inf for excluded tokens."""
     logits_BxV = logits_BxV / decoding.temperature
     if decoding.top_k:
         logits_BxV = keep_top_k(logits_BxV, decoding.top_k)
@@ -139,13 +139,13 @@ def warp(logits_BxV: jax.Array, decoding: Decoding) -> jax.Array:
 
 
 def keep_top_k(logits_BxV: jax.Array, k: int) -> jax.Array:
-    """Put -inf in place of logits that are less than the k-th largest."""
+    """Mask logits below the k-th largest with -inf."""
     largest_BxK, _ = jax.lax.top_k(logits_BxV, min(k, logits_BxV.shape[-1]))
     return jnp.where(logits_BxV < largest_BxK[:, -1:], -jnp.inf, logits_BxV)
 
 
 def keep_top_p(logits_BxV: jax.Array, p: float) -> jax.Array:
-    """Put -inf in place of the least likely tokens that have a share of at most 1 - p together; one always stays."""
+    """Mask the least likely tokens of total probability at most 1 - p with -inf; one always remains."""
     ascending_BxV = jnp.sort(logits_BxV, axis=-1)
     kept_BxV = jnp.cumsum(jax.nn.softmax(ascending_BxV), axis=-1) > 1 - p
     kept_BxV = kept_BxV.at[:, -1].set(True)
@@ -154,17 +154,17 @@ def keep_top_p(logits_BxV: jax.Array, p: float) -> jax.Array:
 
 
 def keep_min_p(logits_BxV: jax.Array, p: float) -> jax.Array:
-    """Put -inf in place of tokens that have less than the share p of the likeliest one's probability."""
+    """Mask tokens of less than p times the highest probability with -inf."""
     probabilities_BxV = jax.nn.softmax(logits_BxV)
     least_Bx1 = p * probabilities_BxV.max(axis=-1, keepdims=True)
     return jnp.where(probabilities_BxV < least_Bx1, -jnp.inf, logits_BxV)
 
 
 class Stream:
-    """Generates for one prompt at a time, and gives out each token as soon as it is known."""
+    """Generates for one prompt at a time and yields each token as soon as it is sampled."""
 
     def __init__(self, model: nn.Module, params: Params, decoding: Decoding, tokenizer: Tokenizer):
-        """The arguments are those of `generate`; there are no beams."""
+        """Initialise with the arguments of `generate`; beam search is not supported."""
         self._sampler = Sampler(model, decoding, *token_ids(tokenizer))
         self._params, self._start = unstack(params), jax.jit(self._sampler.start)
         self._step = jax.jit(self._sampler.step, donate_argnums=2)

@@ -1,4 +1,4 @@
-"""Memory on a CPU: what the C library does with the buffers of a step that are no longer needed."""
+"""Settings of the C library's memory allocator for training on a CPU."""
 
 import ctypes
 import importlib.util
@@ -13,21 +13,21 @@ PARAMETERS = {
     "trim_threshold": (-1, -1),  # that is, never
     "top_pad": (-2, 2**26),
 }
-# What GLIBC_TUNABLES holds for a program that `keep` cannot be called in.
+# The value of GLIBC_TUNABLES for programs that cannot call `keep`.
 TUNABLES = ":".join(f"glibc.malloc.{name}={value % 2**64}" for name, (_, value) in PARAMETERS.items())
 
 
 def keep() -> None:
-    """Have the C library keep the buffers of a step for the next one, unless JAX, with its threads, is there already.
+    """Make the C library reuse the buffers of a step for the next, unless JAX and its threads have started.
 
-    To return them to the kernel and to take them again, page by page, would be a fifth of a step's time and more. They
-    are taken by many threads, of which only the main one's heap can keep them, so all share it. Where an accelerator
-    computes that would only slow the threads that read data, and nothing is changed.
+    Returning them to the kernel and mapping them again would take a fifth of a step or more. Many
+    threads allocate, but only the main heap can keep memory, so all share it. With an accelerator this would only slow
+    the threads that read data, so nothing is changed.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     early = "jax" not in sys.modules
     accelerated = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
     if sys.platform == "linux" and early and (platforms == "cpu" or not (platforms or accelerated)):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # not every C library has it
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # missing in some C libraries
         for number, value in PARAMETERS.values():
             mallopt(number, value)

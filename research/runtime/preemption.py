@@ -1,4 +1,4 @@
-"""A machine that is about to be taken away says so with SIGTERM: save, and exit with status 75."""
+"""Preemption by SIGTERM: the run saves and exits with status 75."""
 
 import signal
 import threading
@@ -9,13 +9,13 @@ from jax.experimental import multihost_utils
 
 
 class PreemptedError(Exception):
-    """The run was asked to stop; what it had done is saved."""
+    """Raised when a preempted run stops; its progress is saved."""
 
 
 class Preemption:
-    """Notices SIGTERM while it is entered.
+    """A context manager that detects SIGTERM.
 
-    With several processes JAX's preemption service tells all of them the same step to stop at; alone, a handler does.
+    With several processes JAX's preemption service makes all stop at the same step; a single process uses a handler.
     """
 
     def __init__(self):
@@ -37,7 +37,7 @@ class Preemption:
         return self._requested.is_set() if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def check(self) -> None:
-        """Raise PreemptedError where this process may stop alone; for the middle of an evaluation."""
+        """Raise PreemptedError if this process may stop on its own, such as during an evaluation."""
         if self._requested.is_set():
             raise PreemptedError
 

@@ -45,9 +45,9 @@ def test_dtypes_sizes_and_seeds():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"operation": "adition"}, "operation: no 'adition'; did you mean 'addition'"),
+        ({"operation": "adition"}, "operation: unknown 'adition'; did you mean 'addition'"),
         ({"split": "test"}, "no split 'test'"),
-        ({"modulus": 91}, "modulus: 91 is no prime, and division needs one"),
+        ({"modulus": 91}, "modulus: 91 is not prime, which division requires"),
         ({"modulus": 1}, "modulus: 1 is less than 2"),
         ({"train_share": 1.0}, "train_share: 1.0 of 9312 equations leaves one of the two splits empty"),
     ],

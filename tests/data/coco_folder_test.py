@@ -108,7 +108,7 @@ def test_splits(folder):
     names = [{example["image/filename"] for example in part} for part in parts]
     assert [len(part) for part in names] == [3, 1]
     assert not names[0] & names[1]
-    with pytest.raises(UserError, match="validation_images: they need validation_annotations"):
+    with pytest.raises(UserError, match="validation_images needs validation_annotations"):
         read(folder, validation_images=str(folder / "images"))
 
 

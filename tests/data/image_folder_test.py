@@ -214,5 +214,5 @@ def test_no_folder(read, tmp_path):
 
 
 def test_it_is_no_dataset_that_is_known_by_name(tmp_path):
-    with pytest.raises(UserError, match="no dataset 'image_folder'"):
+    with pytest.raises(UserError, match="unknown dataset 'image_folder'"):
         source.tfds("image_folder", data_dir=str(tmp_path))

@@ -48,5 +48,5 @@ def test_files_that_are_not_there(tmp_path):
     write(tmp_path / "l", np.zeros((3, 4, 4, 1)), np.zeros(3, int))
     for content in (b"no array", b""):
         (tmp_path / "l" / "train" / "latents.npy").write_bytes(content)
-        with pytest.raises(UserError, match=r"latents.npy' is no array"):
+        with pytest.raises(UserError, match=r"latents.npy' is not a NumPy array"):
             latents(str(tmp_path / "l"))

@@ -103,9 +103,9 @@ def test_stock_sets_whose_code_needs_what_is_not_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("movie_snipets", "no dataset 'movie_snipets'; did you mean 'movie_snippets'"),
-        ("glu/sst2", "no dataset 'glu/sst2'; did you mean 'glue'"),
-        ("glue/sst", "dataset 'glue' has no 'sst'; did you mean 'sst2'"),
+        ("movie_snipets", "unknown dataset 'movie_snipets'; did you mean 'movie_snippets'"),
+        ("glu/sst2", "unknown dataset 'glu/sst2'; did you mean 'glue'"),
+        ("glue/sst", "dataset 'glue' has no config 'sst'; did you mean 'sst2'"),
     ],
 )
 def test_unknown_names(name, message, tmp_path):
@@ -176,7 +176,7 @@ def test_slices_of_splits(tiny):
     assert len(tiny("train[18:]+test")) == 6
     with pytest.raises(UserError, match="'tiny' has no split 'tset'; did you mean 'test'"):
         tiny("tset")
-    with pytest.raises(UserError, match=r"split: 'train\[:9x\]' is not written like"):
+    with pytest.raises(UserError, match=r"split: 'train\[:9x\]' is not a valid split"):
         tiny("train[:9x]")
 
 

@@ -19,7 +19,7 @@ def test_one_text_and_pairs_are_framed_and_cut():
 
 def test_mistakes():
     assert text_of({"text": "a"}, "text") == "a"
-    with pytest.raises(UserError, match=r"an example has no text 'text'; did you mean 'texts'\?"):
+    with pytest.raises(UserError, match=r"an example has no text field 'text'; did you mean 'texts'\?"):
         text_of({"texts": "a"}, "text")
     with pytest.raises(UserError, match="an example has no text 'text'"):
         Tokenize(tokenizer.byte_level())({"text": 3})

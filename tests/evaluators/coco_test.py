@@ -111,7 +111,7 @@ def test_areas_are_those_of_the_annotations():
 
 
 def test_no_object_is_an_error():
-    with pytest.raises(UserError, match="data: no image has an object"):
+    with pytest.raises(UserError, match="data: no image contains an object"):
         evaluate(Oracle(), source.examples([empty() for _ in range(2)], {"label": shapes.NAMES}))
 
 

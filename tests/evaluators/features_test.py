@@ -45,7 +45,9 @@ def test_a_trained_run_gives_its_features_and_logits(run):
 
 
 def test_what_cannot_see(run, tmp_path):
-    with pytest.raises(UserError, match=r"sees images of \(28, 28, 1\); those drawn are of \(32, 32, 3\)"):
+    with pytest.raises(
+        UserError, match=r"takes images of shape \(28, 28, 1\), but the samples have shape \(32, 32, 3\)"
+    ):
         TrainedRun(str(run)).check((32, 32, 3), ())
     names = Experiment(load_config(run), workdir=run).label_names
     TrainedRun(str(run)).check((28, 28, 1), names)
@@ -97,7 +99,7 @@ def test_weights_of_another_network(tmp_path):
     with pytest.raises(UserError, match=r"another network: its Mixed_7c.branch1x1.conv.weight is \(8, 8, 1, 1\)"):
         Inception(str(path))
     safetensors.numpy.save_file({"x": np.zeros(3, np.float32)}, path)
-    with pytest.raises(UserError, match=r"no weights of Inception-v3: it lacks \w+.conv.weight"):
+    with pytest.raises(UserError, match=r"not contain the weights of Inception-v3: it lacks \w+.conv.weight"):
         Inception(str(path))
     with pytest.raises(UserError, match="images of 1 or 3 channels, not of 4"):
         Inception(str(tmp_path / "inception.safetensors")).check((8, 8, 4), ())

@@ -134,7 +134,7 @@ def test_pixels_are_means_of_squares():
 
 def test_mistakes(mesh):
     latents = Diffusion(Paints(**SIZES | {"num_channels": 4}, learned_variance=False))
-    with pytest.raises(UserError, match="4 channels are no picture but latents"):
+    with pytest.raises(UserError, match="4 channels are latents, not images"):
         Frechet(latents, mesh, real([0]), Pixels(4))
     with pytest.raises(UserError, match=r"network.size: images of 8 pixels have no 3 squares"):
         Frechet(TASK, mesh, real([0]), Pixels(3))

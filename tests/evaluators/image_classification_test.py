@@ -123,7 +123,7 @@ def test_what_does_not_go_together():
     with pytest.raises(UserError, match=r"mistakes: -1 must be 0 \(no pictures\) or more"):
         evaluator(ImageScores, mistakes=-1)
     task = ImageClassification(Shade(), "sigmoid")
-    with pytest.raises(UserError, match="mistakes: 0 is needed, as 'sigmoid' does not choose one class"):
+    with pytest.raises(UserError, match="mistakes: must be 0 for 'sigmoid', which does not predict one class"):
         ImageScores(task, sharding.make_mesh(), evaluator(Scores).data)
 
 

@@ -60,7 +60,10 @@ def test_the_picture_shows_the_first_images(drawn):
         np.testing.assert_allclose(predicted[i][~hidden[i]], true[i][~hidden[i]], atol=1e-6)
         squares = hidden[i].reshape(4, 4, 4, 4).swapaxes(1, 2).reshape(16, 16)
         assert squares.any(axis=1).sum() == squares.all(axis=1).sum() == 12
-    assert title == "75% of the patches are hidden (blue); each prediction is given its patch's true mean and contrast"
+    assert (
+        title
+        == "75% of the patches are masked (blue); predictions are rescaled to the true mean and deviation of each patch"
+    )
 
 
 def test_plain_pixels_are_predicted_without_help(drawn):
@@ -68,7 +71,7 @@ def test_plain_pixels_are_predicted_without_help(drawn):
     found = evaluator(mean=(0.0,), std=(1.0,), model=model)
     found(found.task.init(jax.random.key(0), found.data.spec))
     np.testing.assert_allclose(drawn[0][0][0], SOURCE[0]["image"] / 255, atol=1e-6)
-    assert drawn[0][3] == "50% of the patches are hidden (blue)"
+    assert drawn[0][3] == "50% of the patches are masked (blue)"
 
 
 def test_no_image_is_no_picture():

@@ -106,5 +106,5 @@ def test_how_it_was_drawn_in_words():
 def test_mistakes(mesh):
     with pytest.raises(UserError, match="columns: 0 must be at least 1"):
         Samples(TASK, mesh, data(), columns=0)
-    with pytest.raises(UserError, match="4 channels are no picture but latents"):
+    with pytest.raises(UserError, match="4 channels are latents, not images"):
         Samples(Diffusion(Paints(**SIZES | {"num_channels": 4}, learned_variance=False)), mesh, data())

@@ -289,13 +289,13 @@ def test_early_stopping_ends_when_enough_have_finished():
 
 
 WRONG = {
-    "max_new_tokens: 0 is less than 1": {"max_new_tokens": 0},
-    "temperature: -1.0 is less than 0": {"temperature": -1.0},
-    "top_p: 0.0 is not above 0": {"top_p": 0.0, "temperature": 1.0},
-    "min_p: 2.0 is not between": {"min_p": 2.0, "temperature": 1.0},
-    "repetition_penalty: 0.0 is not above 0": {"repetition_penalty": 0.0},
+    "max_new_tokens: 0 must be at least 1": {"max_new_tokens": 0},
+    "temperature: -1.0 must be at least 0": {"temperature": -1.0},
+    "top_p: 0.0 must lie in": {"top_p": 0.0, "temperature": 1.0},
+    "min_p: 2.0 must lie in": {"min_p": 2.0, "temperature": 1.0},
+    "repetition_penalty: 0.0 must be above 0": {"repetition_penalty": 0.0},
     "stop: an empty text": {"stop": ("a", "")},
-    "temperature: beam search draws nothing": {"temperature": 1.0, "num_beams": 2},
+    "temperature: beam search does not sample": {"temperature": 1.0, "num_beams": 2},
     "top_k: 5 needs a temperature above 0": {"top_k": 5},
     "length_penalty: 2.0 needs num_beams above 1": {"length_penalty": 2.0},
 }
@@ -310,7 +310,7 @@ def test_settings_that_are_wrong(message):
 
 @pytest.mark.parametrize("model", [Encoder(**TINY), MaskedLM(Encoder(**TINY))])
 def test_models_that_cannot_generate(model):
-    with pytest.raises(UserError, match=f"{type(model).__name__} cannot generate text; it is no decoder"):
+    with pytest.raises(UserError, match=f"{type(model).__name__} cannot generate text; use a decoder"):
         decoding.check_model(model)
 
 
@@ -322,7 +322,7 @@ def test_models_that_can():
 def test_room():
     model = MODELS["gpt2"]
     decoding.check_room(model, 24, Decoding(max_new_tokens=9))
-    with pytest.raises(UserError, match=r"max_new_tokens: 10 .* a prompt of 24 tokens, .* 32; set at most 9"):
+    with pytest.raises(UserError, match=r"max_new_tokens: 10 .* a prompt of 24 tokens, .* 32 positions; set at most 9"):
         decoding.check_room(model, 24, Decoding(max_new_tokens=10))
     with pytest.raises(UserError, match="the prompt has 32 tokens, and the model positions for 32"):
         decoding.check_room(model, 32, Decoding(max_new_tokens=1))

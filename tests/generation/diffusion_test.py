@@ -254,11 +254,11 @@ def test_the_last_step_is_the_likelihood_of_the_level():
         (lambda: Sampling(steps=0), "steps: 0 must be at least 1"),
         (lambda: Sampling(guidance=-1), "guidance: -1 must not be negative"),
         (lambda: Sampling(eta=2), "eta: 2 must lie in"),
-        (lambda: Sampling("ddpm", eta=0.5), "eta: sampler 'ddpm' takes none"),
+        (lambda: Sampling("ddpm", eta=0.5), "eta: sampler 'ddpm' does not use it"),
         (lambda: Gaussian().grid(Sampling("dim")), "sampling.sampler: 'dim' does not fit .*; did you mean 'ddim'"),
         (lambda: Gaussian().grid(Sampling("euler")), "'euler' does not fit config.task.process; there are: ddim, ddpm"),
         (lambda: Flow().grid(Sampling("ddim")), "'ddim' does not fit config.task.process; there are: euler"),
-        (lambda: Gaussian(num_steps=9).grid(Sampling(steps=10)), "sampling.steps: 10 are more than the 9"),
+        (lambda: Gaussian(num_steps=9).grid(Sampling(steps=10)), "sampling.steps: 10 exceeds the 9"),
     ],
 )
 def test_mistakes(make, message):

@@ -78,9 +78,9 @@ def test_pictures(generated, run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prompt=sqare"], "--prompt: there is no class 'sqare'; did you mean 'square'?"),
-        (["--prompt=3"], "--prompt: there is no class '3'"),
-        (["--prompt=disc*0"], "--prompt: it asks for no image"),
+        (["--prompt=sqare"], "--prompt: unknown class 'sqare'; did you mean 'square'?"),
+        (["--prompt=3"], "--prompt: unknown class '3'"),
+        (["--prompt=disc*0"], "--prompt: it requests no images"),
         (["--input=-"], "--input: images are drawn by class"),
         (["--output=x.jpg"], "--output: 'x.jpg' is neither a .png file"),
         (["--config.task.sampling.sampler=dpm"], "'dpm' does not fit config.task.process"),
@@ -115,7 +115,7 @@ def test_classes():
 def test_latents_are_no_pictures(tmp_path):
     assert draw.target(LATENTS, "-", tmp_path) == tmp_path / "figures" / "generated.npz"
     for output in ("x.png", "folder"):
-        with pytest.raises(UserError, match="4 channels are no picture but latents"):
+        with pytest.raises(UserError, match="4 channels are latents, not images"):
             draw.target(LATENTS, output, tmp_path)
 
 

@@ -48,7 +48,9 @@ def test_titles_of_a_grid(figure, count, name):
 
 @pytest.mark.parametrize("columns", [1, 10])
 def test_titles_of_the_rest(figure, columns):
-    title = "75% of the patches are hidden (blue); each prediction is given its patch's true mean and contrast"
+    title = (
+        "75% of the patches are masked (blue); predictions are rescaled to the true mean and deviation of each patch"
+    )
     rows = [np.stack([IMAGE] * columns)] * 3
     every = [IMAGE] * columns
     for drawn in (
