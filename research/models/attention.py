@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError
-from research.models.layers import Dense, Dropout, Initializer
+from research.models.layers import Dense, Dropout, Initializer, product
 from research.models.positions import rotate
 
 
@@ -38,10 +38,9 @@ def attention(
     Returns:
       outputs [B, T, H, K] in the queries' dtype and the weights [B, H, T, S] in float32, before dropout.
     """
-    groups = key_BxSxGxK.shape[2]
     if scale is None:
         scale = query_BxTxHxK.shape[-1] ** -0.5
-    scores_BxHxTxS = _grouped("BTHK,BSHK->BHTS", query_BxTxHxK * scale, key_BxSxGxK, groups, jnp.float32)
+    scores_BxHxTxS = _grouped("BTHK,BSHK->BHTS", query_BxTxHxK * scale, key_BxSxGxK, product)
     if bias is not None:
         scores_BxHxTxS += bias
     if mask is not None:
@@ -49,21 +48,23 @@ def attention(
         scores_BxHxTxS = jnp.where(mask, scores_BxHxTxS, jnp.finfo(jnp.float32).min)
     weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1)
     dropped_BxHxTxS = drop(weights_BxHxTxS) if drop else weights_BxHxTxS
-    outputs_BxTxHxK = _grouped("BHTS,BSHK->BTHK", dropped_BxHxTxS.astype(value_BxSxGxK.dtype), value_BxSxGxK, groups)
+    outputs_BxTxHxK = _grouped("BHTS,BSHK->BTHK", dropped_BxHxTxS.astype(value_BxSxGxK.dtype), value_BxSxGxK)
     return outputs_BxTxHxK, weights_BxHxTxS
 
 
-def _grouped(subscripts: str, many: jax.Array, few: jax.Array, groups: int, dtype: Any = None) -> jax.Array:
-    """Contracts an operand of H heads with one of G groups of heads, without repeating the latter."""
+def _grouped(
+    subscripts: str, many: jax.Array, few: jax.Array, contract: Callable[..., jax.Array] = jnp.einsum
+) -> jax.Array:
+    """Contract an operand of H heads with one [B, S, G, K] of G groups of heads, without repeating the latter."""
     axis = subscripts.index("H")
-    heads = many.shape[axis]
+    heads, groups = many.shape[axis], few.shape[2]
     if heads == groups:
-        return jnp.einsum(subscripts, many, few, preferred_element_type=dtype)
+        return contract(subscripts, many, few)
     split = many.reshape(*many.shape[:axis], groups, heads // groups, *many.shape[axis + 1 :])
     first, rest = subscripts.split(",")
     second, result = rest.split("->")
     subscripts = f"{first.replace('H', 'GR')},{second.replace('H', 'G')}->{result.replace('H', 'GR')}"
-    output = jnp.einsum(subscripts, split, few, preferred_element_type=dtype)
+    output = contract(subscripts, split, few)
     axis = result.index("H")
     return output.reshape(*output.shape[:axis], heads, *output.shape[axis + 2 :])
 

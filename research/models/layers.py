@@ -187,7 +187,7 @@ class Embedding(nn.Module):
         The dtype of the product is that of the table, accumulated in float32.
         """
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        scores = jnp.einsum("nd,vd->nv", flat, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32)
+        scores = product("nd,vd->nv", flat, self.embedding.astype(self.dtype))
         return scores.reshape(*x.shape[:-1], self.vocab_size)
 
 
