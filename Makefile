@@ -9,15 +9,15 @@ quickstart: $(VENV)/installed        ## fine-tune a published encoder on movie r
 	$(RUN) -m research.main --config=configs/movie_snippets.py --workdir=runs/quickstart
 
 test: $(VENV)/installed-test         ## the hermetic tests
-	$(RUN) -m pytest -n 2 -q
+	$(RUN) -m pytest -n 2 --dist worksteal -q
 
 test-slow: $(VENV)/installed-test    ## the same checks on more cases
-	$(RUN) -m pytest -n 2 -q -m slow
+	$(RUN) -m pytest -n 2 --dist worksteal -q -m slow
 
 CORE = $(addprefix tests/,build_test.py checkpoint_test.py experiment_test.py main_test.py optimizer_test.py \
 	resume_test.py sharding_test.py step_test.py train_test.py data/dataset_test.py data/source_test.py models generation)
 test-core: $(VENV)/installed-test    ## what another version of Python or JAX is most likely to break
-	$(RUN) -m pytest -n 2 -q $(CORE)
+	$(RUN) -m pytest -n 2 --dist worksteal -q $(CORE)
 
 test-peers: $(VENV)/installed-test   ## comparisons with PyTorch and Transformers
 	$(RUN) -m pytest -q -m peers

@@ -4,7 +4,7 @@ import difflib
 import pathlib
 from collections.abc import Iterable
 
-NEAR = 0.6  # the least share of common characters at which one name is a likely misspelling of another
+NEAR = 0.5  # the least share of common characters at which one name is a likely misspelling of another
 SHOWN = 12
 
 

@@ -9,9 +9,85 @@ import pytest
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Tests that repeat a check of the default suite on another model, setting or moment, by file and the beginning of the
+# name. `make test-slow` runs them.
+SLOW = {
+    "configs": [
+        *("test_tiny_learns[finetune_detection", "test_tiny_learns[detr_coco", "test_tiny_learns[dinov2_garments"),
+        *("test_tiny_learns[vit_imagenet", "test_tiny_learns[vit_cifar", "test_tiny_learns[finetune_images"),
+        *("test_tiny_learns[finetune_seq2seq", "test_tiny_learns[glue", "test_tiny_learns[mae_fashion_mnist.py-probe"),
+        *("test_tiny_learns[mae_fashion_mnist.py-finetune", "test_tiny_learns[libreoffice_translation.py-t5"),
+        *("test_tiny_learns[squad", "test_tiny_learns[llama", "test_tiny_learns[gpt", "test_tiny_learns[pretrain_text"),
+        *("test_tiny_learns[jane_austen", "test_tiny_learns[small_bert", "test_tiny_learns[finetune_text"),
+    ],
+    "resume": [
+        "test_a_run_killed_again_and_again_ends_with_the_same_bits[evaluating",
+        "test_going_on_with_other_devices_computes_the_same[from one",
+        "test_a_loss_that_is_not_finite_is_one_line",  # train_test has it within one process
+    ],
+    "language_modes": [
+        *("test_questions[v2", "test_texts_that_are_written[chat", "test_an_answer_ends_where_its_turn_does"),
+        "test_causal_language_models_say_how_likely",
+    ],
+    "tasks/reconstruction": [
+        *("test_the_loss_falls_on_drawn_shapes", "test_a_pretrained_encoder_is_what"),
+    ],
+    "tasks/diffusion": ["test_it_learns_drawn_shapes[v", "test_it_learns_drawn_shapes[flow"],
+    "tasks/image_classification": ["test_a_teacher_of_another_run", "test_the_distillation_token_learns"],
+    "tasks/tokens": [
+        "test_chunks_change_neither_the_loss_nor_the_gradient[2",
+        "test_chunks_change_neither_the_loss_nor_the_gradient[3",
+    ],
+    "tasks/detection": ["test_the_loss_is_its_formula[False", "test_the_order_of_the_targets"],
+    "step": [
+        "test_accumulated_gradients_are_those_of_the_whole_batch[None-4",
+        "test_accumulated_gradients_are_those_of_the_whole_batch[None-8",
+    ],
+    "generation/decoding": [
+        *("test_an_output_ends_with_the_positions[1", "test_a_stream_gives_the_same_tokens[t5"),
+        *(
+            "test_a_cache_changes_nothing_and_a_batch_equals_its_rows[marian",
+            "test_beams_of_a_batch_equal_those_of_its_rows[t5",
+        ),
+        *("test_a_cache_changes_nothing_and_a_batch_equals_its_rows[gpt2", "test_beam_search_finds_the_best_of_all[2"),
+    ],
+    "generation/diffusion": ["test_a_normal_distribution_is_drawn[linear", "test_learned_variances_are_used"],
+    "generation/draw": ["test_published_weights_need_no_run"],
+    "models/encoder_decoder": [
+        *("test_initial_values_keep_the_variance_at_one[t5", "test_packed_pairs_equal_pairs_by_themselves[t5"),
+        *("test_the_cache_equals_recomputation[t5", "test_each_dropout_rate_is_used", "test_unroll_and_remat"),
+    ],
+    "models/bert": [
+        *("test_padding_changes_nothing[roberta", "test_padding_changes_nothing[distilbert", "test_unroll_and_remat"),
+        "test_the_head_dropout_of_tokens",
+    ],
+    "models/detr": ["test_unrolling_and_recomputing_change_nothing"],
+    "models/dit": ["test_unrolled_rematerialised"],
+    "models/gpt": ["test_gradients_are_finite_and_reach_every_parameter[windowed"],
+    "models/vit": ["test_the_layout_of_the_scan"],
+    "train": [
+        *(
+            "test_patience_ends_a_run_and_the_best_checkpoint_stays[max",
+            "test_patience_ends_a_run_and_the_best_checkpoint_stays[min-losses3",
+        ),
+    ],
+    "modes": ["test_evaluate_repeats_the_result[regression", "test_export_loads_back[regression"],
+    "predict_images": ["test_one_image_and_json_lines"],
+    "sharding": ["test_four_devices_compute_what_one_does[mae"],
+}
+
 
 def pytest_configure(config):
     """Says what the comparisons need, instead of an error at every import."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if config.option.markexpr == "peers" and missing:
         pytest.exit(f"'{missing[0]}' is missing: run `make install EXTRAS=test,peers` for the comparisons with it", 2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks what is listed in `SLOW`, before pytest deselects by marker."""
+    for item in items:
+        file = item.path.relative_to(item.config.rootpath / "tests").as_posix().removesuffix("_test.py")
+        if any(item.name.startswith(name) for name in SLOW.get(file, ())):
+            item.add_marker(pytest.mark.slow)

@@ -12,9 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from research import assets
 from research.configuration.variants import SMOLLM2
+from research.data import gguf as gguf_file
 from research.errors import UserError
 from research.models.gpt import Decoder
-from research.pretrained import gguf, huggingface
+from research.pretrained import huggingface
 
 MODEL = Decoder(
     vocab_size=300,
@@ -226,7 +227,7 @@ def test_stretched_wavelengths_and_broken_files_are_refused(tmp_path):
 
 
 def test_a_tokenizer_of_byte_pairs(path):
-    found = gguf.tokenizer(path)
+    found = gguf_file.tokenizer(path)
     assert found.pad_id == 0
     assert found.specials == {"bos": "<|im_start|>", "eos": "<|im_end|>"}
     assert found.chat_template == TEMPLATE
@@ -246,10 +247,10 @@ def test_a_tokenizer_of_byte_pairs(path):
 
 def test_tokens_that_a_file_asks_for_at_the_ends(tmp_path):
     path = write(tmp_path / "model.gguf", tokenizer__ggml__add_bos_token=True, tokenizer__ggml__pre="gpt-2")
-    found = gguf.tokenizer(path).backend
+    found = gguf_file.tokenizer(path).backend
     assert found.encode("12").tokens == ["<|im_start|>", "12"]
     path = write(tmp_path / "other.gguf", tokenizer__ggml__add_eos_token=True, tokenizer__ggml__padding_token_id=None)
-    found = gguf.tokenizer(path)
+    found = gguf_file.tokenizer(path)
     assert found.backend.encode("12").tokens == ["1", "2", "<|im_end|>"]
     assert found.pad_id == 2
 
@@ -260,7 +261,7 @@ def test_other_tokenizers_are_refused(tmp_path):
         ({"tokenizer__ggml__pre": "smolm"}, r"the unknown pre-tokenizer 'smolm'; did you mean 'smollm'"),
     ):
         with pytest.raises(UserError, match=message):
-            gguf.tokenizer(write(tmp_path / "model.gguf", **options))
+            gguf_file.tokenizer(write(tmp_path / "model.gguf", **options))
 
 
 def peer_logits(path, ids):
@@ -298,7 +299,7 @@ def smollm2():
 def test_the_published_smollm2(smollm2):
     transformers = pytest.importorskip("transformers")
     reference = transformers.AutoTokenizer.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
-    found = gguf.tokenizer(smollm2)
+    found = gguf_file.tokenizer(smollm2)
     messages = [{"role": "user", "content": "What is the capital of France? It's 12,345 km\n\n\tfar; naïve 東京 🙂."}]
     prompt = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for text in (*TEXTS, prompt):
