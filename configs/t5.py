@@ -14,9 +14,10 @@
   v1_1_xxl         4096  24 + 24      64 x 64  10240       11.14 B      1.4e21
 
 The sizes are those of the published config.json files (from memory), so that --mode=export writes what Transformers
-loads as T5. Recipe: 2^19 steps of 128 rows of 512 tokens, of which 15 % in spans of 3 become targets of 114; 10,000
-steps at the peak learning rate, then its inverse square root; dropout 0.1, none for version 1.1; no weight decay. There
-Adafactor at 0.01, relative to the size of each parameter; here AdamW at 1e-3 after a linear warm-up.
+loads as T5. Recipe: 2^19 steps of 128 rows of 512 tokens, of which 15 % in spans of 3 become targets of 114; Adafactor
+(Shazeer 2018) at 0.01 relative to the size of each parameter, without weight decay, and the inverse square root of the
+step (section 3.1.2), which is constant for the first 10,000 steps there and rises linearly here; dropout 0.1, none for
+version 1.1.
 
 Published, of base after this pretraining and fine-tuning on each task (table 1, the baseline; from memory): GLUE 83.28,
 CNN/Daily Mail 19.24 ROUGE-2, SQuAD 80.88 exact match, English to German 26.98 BLEU. Table 14 has small and base at GLUE
@@ -75,7 +76,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evals = dict(
         validation=dict(call="research.evaluators.means.Means", perplexity=True, data=data("validation[:2%]"))
     )
-    config.optimizer = dict(learning_rate=1e-3, schedule="inverse_sqrt", warmup=10_000, clip_norm=1.0)
+    config.optimizer = dict(
+        direction=dict(call="research.directions.adafactor"),
+        learning_rate=1e-2,
+        schedule="inverse_sqrt",
+        warmup=10_000,
+        clip_norm=None,  # Adafactor clips each update
+    )
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=5000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=20_000)

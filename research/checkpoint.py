@@ -56,7 +56,7 @@ class Checkpoints:
         patience: int | None = None,
         read_only: bool = False,
     ):
-        """Opens a folder of checkpoints.
+        """Open a folder of checkpoints.
 
         Args:
           directory: the folder; made on the first save.
@@ -101,7 +101,7 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, extras: Mapping[str, Any], best: int | None = None, replace: bool = False
     ) -> None:
-        """Begins to save; returns once the arrays are copied.
+        """Begin to save; return once the arrays are copied.
 
         Args:
           step: a checkpoint of it that exists is left alone, or replaced.
@@ -118,7 +118,7 @@ class Checkpoints:
             return
         self._kept.best = best
         arrays = _describe(state, _sums(jax.tree.leaves(state)))
-        # A copy: Orbax writes it later, in a thread, while the caller goes on counting.
+        # A copy: Orbax writes it later, in a thread, while the caller changes it.
         content = json.loads(json.dumps({**extras, "arrays": arrays, "best": best}))
         with _saving():
             if exists:
@@ -137,7 +137,7 @@ class Checkpoints:
                 self._end_replacement()
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Returns the latest readable checkpoint, as (state, extras), or None where there is none at all.
+        """Return the latest readable checkpoint, as (state, extras), or None where there is none at all.
 
         Args:
           target: ShapeDtypeStructs with shardings: the mesh may be another than the one that saved.
@@ -160,7 +160,7 @@ class Checkpoints:
         return None
 
     def read(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads and verifies one checkpoint.
+        """Read and verifies one checkpoint.
 
         Raises:
           UnreadableCheckpointError: it is damaged.
@@ -186,18 +186,18 @@ class Checkpoints:
         return state, extras
 
     def _extras(self, step: int) -> dict[str, Any]:
-        """Reads and verifies what is not an array."""
+        """Read and verifies what is not an array."""
         extras = self._manager.restore(step, args=ocp.args.Composite(extras=ocp.args.JsonRestore()))["extras"]
         if extras.pop("digest", None) != _digest(extras):
             raise ValueError("its checksum is not the one saved")
         return extras
 
     def steps(self) -> list[int]:
-        """Returns the steps that were saved, ascending."""
+        """Return the steps that were saved, ascending."""
         return sorted(self._manager.all_steps())
 
     def ranking(self, metrics: Mapping[str, float]) -> float:
-        """Returns the value that checkpoints are ranked by."""
+        """Return the value that checkpoints are ranked by."""
         if self.best is None or self.best not in metrics:
             raise UserError(
                 f"config.checkpoint.best: no evaluation gives '{self.best}'{nearest(str(self.best), metrics)}"
@@ -205,40 +205,40 @@ class Checkpoints:
         return metrics[self.best]
 
     def better(self, value: float, other: float) -> bool:
-        """Returns whether a value ranks above another."""
+        """Return whether a value ranks above another."""
         return value > other if self.mode == "max" else value < other
 
     def best_step(self) -> int | None:
-        """Returns the step with the best metric so far, as the latest readable checkpoint knows it, or None."""
+        """Return the step with the best metric so far, as the latest readable checkpoint knows it, or None."""
         for step in reversed(self.steps() if self.best else []):
             with contextlib.suppress(Exception):  # `read` says what is wrong with it
                 return self._extras(step)["best"]
         return None
 
     def check(self) -> None:
-        """Raises SaveError if a save that has ended failed."""
+        """Raise SaveError if a save that has ended failed."""
         with _saving():
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when every save has ended; raises SaveError if one failed."""
+        """Return when every save has ended; raise SaveError if one failed."""
         with _saving():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and lets go of the folder."""
+        """Wait and let go of the folder."""
         with _saving():
             self._manager.close()
 
     def _rename(self, step: int, path: pathlib.Path) -> None:
-        """Gives a checkpoint a name that is not a step's."""
+        """Give a checkpoint a name that is not a step's."""
         if jax.process_index() == 0:
             (self._directory / str(step)).rename(path)
         multihost_utils.sync_global_devices(path.name)
         self._manager.reload()
 
     def _end_replacement(self) -> None:
-        """Deletes a checkpoint that was replaced, or brings it back if the new one was never finished."""
+        """Delete a checkpoint that was replaced, or bring it back if the new one was never finished."""
         if jax.process_index() == 0:
             for path in self._directory.glob("replaced-*"):
                 step = path.with_name(path.name.removeprefix("replaced-"))
@@ -258,7 +258,7 @@ class _Kept(checkpoint_managers.PreservationPolicy):
         self.best: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Returns for each checkpoint, in ascending order, whether it stays."""
+        """Return for each checkpoint, in ascending order, whether it stays."""
         del context
         first = len(checkpoints) - self.latest
 
@@ -269,7 +269,7 @@ class _Kept(checkpoint_managers.PreservationPolicy):
 
 
 def quieten() -> None:
-    """Keeps the pages that Orbax prints about an error off the screen, process-wide.
+    """Keep the pages that Orbax prints about an error off the screen, process-wide.
 
     It logs what it raises, leaves coroutines behind, and closes event loops that TensorStore's threads still report to.
     What goes wrong is raised, and said once, by `Checkpoints`.
@@ -289,7 +289,7 @@ def quieten() -> None:
 
 @contextlib.contextmanager
 def _saving() -> Iterator[None]:
-    """Turns what Orbax and TensorStore raise where they cannot write into SaveError."""
+    """Turn what Orbax and TensorStore raise where they cannot write into SaveError."""
     try:
         yield
     except Exception as error:
@@ -297,13 +297,13 @@ def _saving() -> Iterator[None]:
 
 
 def _everywhere(here: bool) -> bool:
-    """Returns whether something holds in every process."""
+    """Return whether something holds in every process."""
     return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(here)).all())
 
 
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> jax.Array:
-    """Returns a position-dependent 32-bit sum of the bits of each array, uint32 [leaves]."""
+    """Return a position-dependent 32-bit sum of the bits of each array, uint32 [leaves]."""
 
     def of_leaf(x: jax.Array) -> jax.Array:
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
@@ -317,7 +317,7 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _describe(state: TrainState, sums: jax.Array | None = None) -> dict[str, list[Any]]:
-    """Returns path -> [dtype and shape, checksum where there are sums] of every array."""
+    """Return path -> [dtype and shape, checksum where there are sums] of every array."""
     paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in jax.tree.leaves_with_path(state)]
     kinds = [[f"{x.dtype}{list(x.shape)}"] for x in jax.tree.leaves(state)]
     numbers = [[]] * len(kinds) if sums is None else [[int(x)] for x in np.asarray(sums)]
@@ -325,7 +325,7 @@ def _describe(state: TrainState, sums: jax.Array | None = None) -> dict[str, lis
 
 
 def _check_arrays(name: str, wanted: Mapping[str, list[Any]], stored: Mapping[str, list[Any]]) -> None:
-    """Raises UserError unless a checkpoint holds arrays of the names, dtypes and shapes that are wanted."""
+    """Raise UserError unless a checkpoint holds arrays of the names, dtypes and shapes that are wanted."""
     for path in [*wanted, *stored]:
         here, there = (arrays.get(path, ["missing"])[0] for arrays in (wanted, stored))
         if here != there:
@@ -337,7 +337,7 @@ def _digest(extras: Mapping[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Returns one line; of the system's errors inside TensorStore's only what the system calls them."""
+    """Return one line; of the system's errors inside TensorStore's only what the system calls them."""
     # TensorStore puts the number last, after the message or after details whose order is not fixed.
     if code := re.search(r"os_error_code='?(\d+)", str(error)):
         return os.strerror(int(code[1]))

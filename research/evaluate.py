@@ -22,7 +22,7 @@ class EvaluationError(Exception):
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = "") -> dict[str, Any]:
-    """Evaluates a checkpoint of the run in `workdir` and writes evaluation.json, and pictures to figures/.
+    """Evaluate a checkpoint of the run in `workdir` and write evaluation.json, and pictures to figures/.
 
     Args:
       config: of the run, or with other `evals`.
@@ -73,7 +73,7 @@ def scores(
 
 
 def restore_params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
-    """Returns the step and the parameters, averaged where the run averages, of a checkpoint in `workdir`."""
+    """Return the step and the parameters, averaged where the run averages, of a checkpoint in `workdir`."""
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir: {workdir} holds no checkpoints")
     checkpoints = experiment.checkpoints(workdir, read_only=True)

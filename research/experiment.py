@@ -68,7 +68,7 @@ class Experiment:
     """
 
     def __init__(self, config: ConfigDict, source: Source | None = None, workdir: pathlib.Path | None = None):
-        """Checks the top level; nothing is built yet.
+        """Check the top level; nothing is built yet.
 
         Args:
           config: the top level.
@@ -81,11 +81,11 @@ class Experiment:
         _check(self.config)
 
     def build(self) -> None:
-        """Builds all that training needs, so that a mistake anywhere in the config is found before any work is done."""
+        """Build all that training needs, so that a mistake anywhere in the config is found before any work is done."""
         for name in ("mesh", "tokenizer", "data", "task", "evaluators", "optimizer", "log", "abstract_state"):
             getattr(self, name)
         for pattern in self._borrowed:
-            theirs = f"the parameters '{pattern}' of {type(self.task).__name__} are another run's"
+            theirs = f"the parameters '{pattern}' of {type(self.task).__name__} come from another run"
             if not self.config.get("init"):
                 raise UserError(f"config.init: it is missing, and {theirs}")
             if pattern not in (self._section("optimizer").get("freeze") or ()):
@@ -117,13 +117,13 @@ class Experiment:
         return self._workdir / "tokenizer" if same else None
 
     def keep_tokenizer(self) -> None:
-        """Puts the tokenizer into the run's folder, at once; to be called before the config is recorded there."""
+        """Put the tokenizer into the run's folder, at once; to be called before the config is recorded there."""
         if self.tokenizer is None or self._kept or not self._workdir or jax.process_index() != 0:
             return
         temporary = self._workdir / f".tokenizer.{os.getpid()}"
         try:
             self.tokenizer.save(temporary)
-            shutil.rmtree(self._workdir / "tokenizer", ignore_errors=True)  # of a run that came to nothing
+            shutil.rmtree(self._workdir / "tokenizer", ignore_errors=True)  # of an attempt that did not get far
             temporary.rename(self._workdir / "tokenizer")
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -209,17 +209,17 @@ class Experiment:
         return {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in spec.items()}
 
     def init_state(self, loaded: Params | None = None) -> step.TrainState:
-        """Returns a new train state; pure. See `step.init_state`."""
+        """Return a new train state; pure. See `step.init_state`."""
         return step.init_state(self.task, self.optimizer, self.spec, self.config.get("seed", 0), loaded)
 
     def pretrained(self) -> Params | None:
-        """Reads the weights that `config.init` names; None where the parameters it lacks are to be initialised."""
+        """Read the weights that `config.init` names; None where the parameters it lacks are to be initialised."""
         if not self.config.get("init"):
             return None
         shapes = self.abstract_state.params
         loaded, report = self._invoke("init", model=self.task.model, params_shape=shapes)
         if lost := [name for name in report.new for pattern in self._borrowed if re.search(pattern, name)]:
-            raise UserError(f"config.init: it does not bring {lost[0]}, which is another run's")
+            raise UserError(f"config.init: it lacks {lost[0]}, which must come from another run")
         if report.new:
             logging.warning("newly initialised, as the weights hold none: %s", ", ".join(report.new))
         if report.unused:
@@ -233,7 +233,7 @@ class Experiment:
         return jax.tree.map(place, loaded, shapes)
 
     def checkpoints(self, workdir: pathlib.Path, read_only: bool = False) -> Checkpoints:
-        """Opens the checkpoints of the run in `workdir`."""
+        """Open the checkpoints of the run in `workdir`."""
         return self._invoke("checkpoint", directory=workdir / "checkpoints", read_only=read_only)
 
     @property
@@ -258,7 +258,7 @@ class Experiment:
         return section
 
     def _invoke(self, key: str, **context: Any) -> Any:
-        """Calls what a section configures."""
+        """Call what a section configures."""
         section = self._section(key)
         target = locate(section.get("call") or SECTIONS[key], f"config.{key}")
         arguments = build({k: section[k] for k in section if k != "call"}, f"config.{key}", **context)
@@ -266,7 +266,7 @@ class Experiment:
 
 
 def _check(config: ConfigDict) -> None:
-    """Raises UserError unless the top level has the keys that it needs, and numbers where they must be."""
+    """Raise UserError unless the top level has the keys that it needs, and numbers where they must be."""
     for key in config:
         if key not in KEYS:
             raise UserError(f"config.{key}: there is no such key{nearest(key, KEYS)}")

@@ -32,7 +32,7 @@ IMAGE_OPS = tuple(
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint: str = "") -> pathlib.Path:
-    """Writes config.json, model.safetensors, and the tokenizer's files or preprocessor_config.json.
+    """Write config.json, model.safetensors, and the tokenizer's files or preprocessor_config.json.
 
     Args:
       config: of the run.
@@ -70,7 +70,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
 
 
 def own(params: Params, experiment: Experiment) -> Params:
-    """Returns the parameters of the model, without those that its task borrows, such as a teacher's."""
+    """Return the parameters of the model, without those that its task borrows, such as a teacher's."""
     borrowed = experiment.task.borrowed if isinstance(experiment.task, Borrows) else ()
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     kept = {name: leaf for name, leaf in flat.items() if not any(re.search(pattern, name) for pattern in borrowed)}
@@ -78,7 +78,7 @@ def own(params: Params, experiment: Experiment) -> Params:
 
 
 def at_trained_size(experiment: Experiment, params: Params) -> tuple[nn.Module, Params]:
-    """Returns the model and its parameters with the positions of the images that it was trained on.
+    """Return the model and its parameters with the positions of the images that it was trained on.
 
     Transformers' ViT refuses images of another size than that of its positions.
     """
@@ -91,7 +91,7 @@ def at_trained_size(experiment: Experiment, params: Params) -> tuple[nn.Module, 
 
 
 def image_preprocessor(experiment: Experiment) -> dict[str, Any] | None:
-    """Returns what preprocessor_config.json holds: the ops of the first evaluation on images, else of training."""
+    """Return what preprocessor_config.json holds: the ops of the first evaluation on images, else of training."""
     spec, config = experiment.spec, experiment.config
     if "image" not in spec:
         return None
@@ -105,7 +105,7 @@ def image_preprocessor(experiment: Experiment) -> dict[str, Any] | None:
 
 
 def special_tokens(model: nn.Module, tokenizer: Tokenizer, decoder_start_id: int | None) -> dict[str, int]:
-    """Returns what config.json says of the tokenizer's special tokens, which Transformers generates with."""
+    """Return what config.json says of the tokenizer's special tokens, which Transformers generates with."""
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos")}
     if isinstance(model, EncoderDecoder):
         ids["decoder_start_token_id"] = tokenizer.pad_id if decoder_start_id is None else decoder_start_id

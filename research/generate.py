@@ -53,7 +53,7 @@ def run(
     output: str = "-",
     checkpoint: str = "",
 ) -> None:
-    """Writes what follows one prompt, token by token, or every prompt of a file, batch by batch; or draws images.
+    """Write what follows one prompt, token by token, or every prompt of a file, batch by batch; or draws images.
 
     Args:
       config: of the run; `decoding` says how, and `seed` makes samples repeatable: those of a prompt depend on its
@@ -74,7 +74,7 @@ def run(
         _images(config, workdir, prompt, output, checkpoint)
         return
     if bool(prompt) == bool(input):
-        raise UserError("--prompt, --input: give a text to go on with, or a file of them; one, and only one")
+        raise UserError("--prompt, --input: give a text to continue, or a file of texts; exactly one of the two")
     if output != "-" and not pathlib.Path(output).absolute().parent.is_dir():
         raise UserError(f"--output: there is no folder {pathlib.Path(output).absolute().parent}")
     lines = [("--prompt", {"prompt": prompt})] if prompt else _read(input)
@@ -100,7 +100,7 @@ def _images(config: ConfigDict, workdir: pathlib.Path, prompt: str, output: str,
 
 
 def _experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
-    """Returns the objects of a config, checked to be able to generate, without a look at its training data."""
+    """Return the objects of a config, checked to be able to generate, without a look at its training data."""
     if not config.get("derived"):
         spec = {name: {"shape": [1, 8], "dtype": "int32"} for name in FEATURES}
         spec["target_mask"] = {"shape": [1, 8], "dtype": "float32"}
@@ -114,7 +114,7 @@ def _experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
 
 
 def _params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> Params:
-    """Returns the parameters of a checkpoint, or else the published ones that the run would have started from."""
+    """Return the parameters of a checkpoint, or else the published ones that the run would have started from."""
     if checkpoint or (workdir / "checkpoints").is_dir():
         return restore_params(experiment, workdir, checkpoint)[1]
     if not experiment.config.get("init"):
@@ -127,7 +127,7 @@ def _params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> P
 
 
 def _request(experiment: Experiment, number: int, place: str, fields: Mapping[str, Any]) -> Request:
-    """Encodes a prompt; raises UserError naming its place."""
+    """Encode a prompt; raise UserError naming its place."""
     model, settings = experiment.task.model, experiment.decoding
     try:
         ids, before = _encode(experiment.tokenizer, fields, settings, hasattr(model, "encode"))
@@ -141,7 +141,7 @@ def _request(experiment: Experiment, number: int, place: str, fields: Mapping[st
 def _encode(
     tokenizer: Tokenizer, fields: Mapping[str, Any], settings: decoding.Decoding, source: bool
 ) -> tuple[list[int], list[int]]:
-    """Returns the tokens of a prompt, and those that the output's text is to be read after.
+    """Return the tokens of a prompt, and those that the output's text is to be read after.
 
     Args:
       tokenizer: of the run.
@@ -170,7 +170,7 @@ def _encode(
 
 
 def _stream(experiment: Experiment, params: Params, request: Request, file: TextIO) -> None:
-    """Writes the text of one prompt, and the end of its line."""
+    """Write the text of one prompt, and the end of its line."""
     if experiment.decoding.num_beams > 1:  # which are not known to be the best ones before the end
         file.writelines(text for _, text in _completions(experiment, params, [request]))
     else:
@@ -211,12 +211,12 @@ def _key(experiment: Experiment) -> jax.Array:
 
 
 def _writer(experiment: Experiment) -> Tokenizer:
-    """Returns the tokenizer of what is generated; a task may have one that is not that of its inputs."""
+    """Return the tokenizer of what is generated; a task may have one that is not that of its inputs."""
     return getattr(experiment.task, "tokenizer", None) or experiment.tokenizer
 
 
 def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the place and the fields of every line that is not empty."""
+    """Return the place and the fields of every line that is not empty."""
     if path != "-" and not pathlib.Path(path).is_file():
         raise UserError(f"--input: there is no file {path}")
     content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()

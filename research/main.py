@@ -1,7 +1,7 @@
 """python -m research.main --config=configs/NAME.py[:VARIANT] --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...]
 
 Modes:
-  train      train, evaluate, and go on where the run in --workdir stopped (the default)
+  train      train, evaluate, and resume the run in --workdir if there is one (the default)
   evaluate   a checkpoint through config.evals
   predict    JSON lines in (--input), the same with predictions out (--output)
   generate   text: what follows --prompt, as it is written, or JSON lines as in predict; --config.decoding says how.
@@ -15,7 +15,7 @@ Flags:
   --workdir       the run's folder
   --mode          one of the above
   --checkpoint    latest, best or a step, in all modes but train; by default the best, where the run keeps it
-  --prompt        generate: the text to go on with, or to translate, or to answer with --config.decoding.chat=true.
+  --prompt        generate: the text to continue, or to translate, or to answer with --config.decoding.chat=true.
                   images: their classes, as in --prompt="Sneaker*8, Bag"; left out, eight of each
   --input         predict: the file to read; by default, and for -, the standard input.
                   generate: instead of --prompt, a file of lines {"prompt": ...}, {"messages": [...]} or plain text
@@ -60,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line, without the program's name, and returns the exit status."""
+    """Run the command line, without the program's name, and return the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # libraries tell of their options
     if not argv or {"-h", "--help"} & set(argv):
@@ -158,7 +158,7 @@ def _check_folder(workdir: pathlib.Path, writes: bool) -> None:
 
 
 def _start_jax(distributed: bool) -> None:
-    """Keeps compiled programs on disk between runs, and joins the other processes."""
+    """Keep compiled programs on disk between runs, and join the other processes."""
     import jax
 
     cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/research/compiled").expanduser()

@@ -26,7 +26,7 @@ from research.task import DescribesRows, Params
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str = "-", checkpoint: str = "") -> None:
-    """Predicts for every line of `input`.
+    """Predict for every line of `input`.
 
     Args:
       config: of the run.
@@ -56,7 +56,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
 
 
 def _without_augmentation(config: ConfigDict) -> ConfigDict:
-    """Returns the config, as plain values; where its training data draw at random, with the ops of an evaluator's."""
+    """Return the config, as plain values; where its training data draw at random, with the ops of an evaluator's."""
     config = ConfigDict(json.loads(config.to_json()))
     every = [config.data, *(node.data for node in (config.get("evals") or {}).values() if node and "data" in node)]
     settled = [node.ops for node in every if "ops" in node and not any(_draws(op) for op in node.ops)]
@@ -66,13 +66,13 @@ def _without_augmentation(config: ConfigDict) -> ConfigDict:
 
 
 def _draws(op: ConfigDict) -> bool:
-    """Returns whether what an op makes of an example is random."""
+    """Return whether what an op makes of an example is random."""
     target = locate(op.get("call"), "config.data.ops")
     return "rng" in inspect.signature(target.__call__ if inspect.isclass(target) else target).parameters
 
 
 def _predictions(experiment: Experiment, params: Params, bare: Sequence[Example]) -> Iterator[dict[str, Any]]:
-    """Yields what the task says of each example, given the outputs of all rows that were made of it."""
+    """Yield what the task says of each example, given the outputs of all rows that were made of it."""
     task, data = experiment.task, experiment.data
     for number, made in itertools.groupby(_outputs(experiment, params, bare), key=lambda pair: pair[0]):
         outputs = [output for _, output in made]
@@ -85,7 +85,7 @@ def _predictions(experiment: Experiment, params: Params, bare: Sequence[Example]
 def _outputs(
     experiment: Experiment, params: Params, bare: Sequence[Example]
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields the outputs of every row, with the index of the example that it was made of."""
+    """Yield the outputs of every row, with the index of the example that it was made of."""
     data, mesh = experiment.data, experiment.mesh
     predict = jax.jit(sharding.over(mesh, experiment.task.predict))
     key = jax.random.key(experiment.config.get("seed", 0))
@@ -99,7 +99,7 @@ def _outputs(
 
 
 def _check(rows: Sequence[tuple[str, Example]], bare: Sequence[Example], experiment: Experiment) -> None:
-    """Raises UserError naming the first line that cannot be predicted for, before anything is written."""
+    """Raise UserError naming the first line that cannot be predicted for, before anything is written."""
     for (place, _), example in zip(rows, bare):
         try:
             made = len(experiment.data.transform(example))
@@ -110,7 +110,7 @@ def _check(rows: Sequence[tuple[str, Example]], bare: Sequence[Example], experim
 
 
 def _read(path: str, config: ConfigDict) -> list[tuple[str, Example]]:
-    """Returns what is to be predicted for: objects of JSON lines, or images; each with how messages begin."""
+    """Return what is to be predicted for: objects of JSON lines, or images; each with how messages begin."""
     field = _image_field(config)
     if path != "-" and pathlib.Path(path).is_dir():
         if field is None:
@@ -129,7 +129,7 @@ def _read(path: str, config: ConfigDict) -> list[tuple[str, Example]]:
 
 
 def _image_field(config: ConfigDict) -> str | None:
-    """Returns the field of the examples that holds an image's path; None where the data are no images."""
+    """Return the field of the examples that holds an image's path; None where the data are no images."""
     for op in config.data.get("ops", ()):
         if locate(op.get("call"), "config.data.ops") in (image.Decode, image.DecodeRandomResizedCrop):
             return op.get("field", "image")
@@ -137,7 +137,7 @@ def _image_field(config: ConfigDict) -> str | None:
 
 
 def _json_lines(content: bytes) -> Iterator[tuple[int, Example]]:
-    """Yields the line number, from 1, and the object of every line that is not empty."""
+    """Yield the line number, from 1, and the object of every line that is not empty."""
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue

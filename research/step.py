@@ -31,7 +31,7 @@ class TrainState:
 
 
 def init_state(task: Task, optimizer: Optimizer, spec: Spec, seed: int, loaded: Params | None = None) -> TrainState:
-    """Returns the state before the first step; pure, so that it can be shape-evaluated and jitted with shardings.
+    """Return the state before the first step; pure, so that it can be shape-evaluated and jitted with shardings.
 
     `loaded` is a tree like the parameters, with None for those that are to be initialised.
     """
@@ -43,7 +43,7 @@ def init_state(task: Task, optimizer: Optimizer, spec: Spec, seed: int, loaded: 
 
 
 def train_step(task: Task, optimizer: Optimizer, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-    """Takes one step.
+    """Take one step.
 
     Returns:
       the next state, and the metrics of this step: the task's own, "loss", "gradient_norm" (before clipping) and
@@ -64,7 +64,7 @@ def train_step(task: Task, optimizer: Optimizer, state: TrainState, batch: Batch
 def _gradients(
     task: Task, params: Params, batch: Batch, rng: jax.Array, microbatches: int
 ) -> tuple[Params, dict[str, Mean]]:
-    """Returns the gradient of total loss / total count, the same however the batch is split, and the metrics."""
+    """Return the gradient of total loss / total count, the same however the batch is split, and the metrics."""
 
     def total_loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
         loss, metrics = task.loss(params, batch, rng)
@@ -85,11 +85,11 @@ def _gradients(
         shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (gradients, metrics), _ = jax.lax.scan(add, zeros, (split, jnp.arange(microbatches)))
-    # A batch that counts nothing has a zero gradient, not a NaN one.
+    # A fully masked batch has a zero gradient, not NaN.
     count = jnp.maximum(metrics["loss"].count, jnp.finfo(jnp.float32).tiny)
     return jax.tree.map(lambda g: g / count, gradients), metrics
 
 
 def _split(microbatches: int, x: jax.Array) -> jax.Array:
-    """Reshapes [B, ...] to [microbatches, B / microbatches, ...]; every device keeps its own rows."""
+    """Reshape [B, ...] to [microbatches, B / microbatches, ...]; every device keeps its own rows."""
     return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)

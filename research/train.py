@@ -24,7 +24,7 @@ from research.step import TrainState, train_step
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains what a config names, evaluates it and writes the run's folder; goes on where the folder's run stopped.
+    """Train what a config names, evaluate it and write the run's folder; resume the run in the folder.
 
     Args:
       config: see README.md.
@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """Returns the lines of the table that is shown at the end."""
+    """Return the lines of the table that is shown at the end."""
     rest = {key: value for key, value in result.items() if not isinstance(value, dict)}
     best = {f"best {k} (step {v['step']})": v["value"] for k, v in result.get("best", {}).items() if v}
     return result["metrics"] | best | rest
@@ -111,7 +111,7 @@ class _Loop:
             return self.finish()
 
     def take_step(self) -> None:
-        """Dispatches one step, then reads the metrics of the one before, while the device computes."""
+        """Dispatch one step, then reads the metrics of the one before, while the device computes."""
         rows = next(self.batches)
         batch = sharding.place(rows, self.experiment.mesh, self.experiment.data.padding)
         step = self.compile(batch)
@@ -124,7 +124,7 @@ class _Loop:
         self.progress.advance(self.step)
 
     def after_step(self) -> None:
-        """Logs, evaluates and saves, each where it is due."""
+        """Logs, evaluate and saves, each where it is due."""
         log, last = self.experiment.log, self.step == self.experiment.num_steps
         if self.step % log.every_steps == 0 or last:
             self.read_metrics()
@@ -149,7 +149,7 @@ class _Loop:
         return self.step >= self.experiment.num_steps or exhausted
 
     def evaluate(self) -> bool:
-        """Evaluates unless this step was; returns whether it did."""
+        """Evaluate unless this step was; return whether it did."""
         if not self.experiment.evaluators or self.evaluation["step"] == self.step > 0:
             return False
         self.read_metrics()
@@ -163,7 +163,7 @@ class _Loop:
         except (evaluate.EvaluationError, UserError) as error:
             self.save()
             self.checkpoints.wait()
-            kept = f"the checkpoint of step {self.step} is kept, and the same command goes on from it"
+            kept = f"the checkpoint of step {self.step} is kept, and the same command resumes from it"
             raise type(error)(f"{error}; {kept}") from error.__cause__
         self.lap()
         self.writer.write(self.step, metrics, pictures)
@@ -193,20 +193,20 @@ class _Loop:
         raise PreemptedError(f"stopped at step {self.step}; run the same command to go on")
 
     def read_metrics(self) -> None:
-        """Waits for the last step that was dispatched and adds its metrics."""
+        """Wait for the last step that was dispatched and add its metrics."""
         if self.unread is not None:
             metrics, self.unread = jax.device_get(self.unread), None
             self.meter.add_metrics(self.step, metrics)
 
     def lap(self, kind: str | None = None) -> None:
-        """Counts the time since the last call as "train" or "compile" seconds, or as neither."""
+        """Count the time since the last call as "train" or "compile" seconds, or as neither."""
         now = time.monotonic()
         if kind is not None:
             self.meter.add_seconds(**{kind: now - self.mark})
         self.mark = now
 
     def compile(self, batch: dict[str, jax.Array]) -> Any:
-        """Returns the step compiled for the batch's shapes."""
+        """Return the step compiled for the batch's shapes."""
         key = tuple((name, x.shape) for name, x in batch.items())
         if key not in self.compiled:
             shape = " x ".join(map(str, max((x.shape for x in batch.values()), key=math.prod)))
@@ -218,7 +218,7 @@ class _Loop:
         return self.compiled[key]
 
     def finish(self) -> dict[str, Any]:
-        """Draws the curves and writes result.json, last."""
+        """Draw the curves and write result.json, last."""
         self.writer.close()
         result = {"step": self.step, "metrics": self.evaluation["metrics"]}
         if best := self.evaluation["best"]:
@@ -233,7 +233,7 @@ class _Loop:
 
 
 def jit_step(experiment: Experiment) -> Any:
-    """Returns the training step, (state, batch) -> (state, metrics), to be compiled; the state stays where it is."""
+    """Return the training step, (state, batch) -> (state, metrics), to be compiled; the state stays where it is."""
     shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
     return jax.jit(
         sharding.over(experiment.mesh, functools.partial(train_step, experiment.task, experiment.optimizer)),
@@ -243,7 +243,7 @@ def jit_step(experiment: Experiment) -> Any:
 
 
 def start(experiment: Experiment) -> TrainState:
-    """Returns a new state, each array made where it lives; its parameters are pretrained where there are weights."""
+    """Return a new state, each array made where it lives; its parameters are pretrained where there are weights."""
     shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
     loaded = experiment.pretrained()
     return jax.jit(experiment.init_state, out_shardings=shardings)(loaded)

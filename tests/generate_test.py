@@ -187,7 +187,7 @@ def test_encoder_decoders_read_the_prompt(tmp_path, capsys):
 
 
 MISTAKES = {
-    "nothing": ([], "--prompt, --input: give a text to go on with, or a file of them"),
+    "nothing": ([], "--prompt, --input: give a text to continue, or a file of texts"),
     "empty": (["--prompt="], "--prompt, --input: give a text"),
     "both": (["--prompt=a", "--input=x"], "--prompt, --input: give a text"),
     "no file": (["--input=nowhere.txt"], "--input: there is no file nowhere.txt"),

@@ -34,7 +34,7 @@ def load_params(
       params_shape: its parameters as a tree of `jax.ShapeDtypeStruct`.
       checkpoint: "latest", "best" or a step; "" takes the best where the run keeps it.
       renames: (regular expression, replacement), applied in turn to the paths of the run's parameters.
-      new: regular expressions of the paths that may begin anew; any other must be among the run's.
+      new: regular expressions of the paths that may be newly initialised; all others must be in the run.
 
     Returns:
       The tree with numpy arrays as leaves; what the run does not hold stays a ShapeDtypeStruct and is listed in the

@@ -410,7 +410,7 @@ def best_lengths(measured: Sequence[int], count: int, longest: int) -> tuple[int
 
 
 class _Each(grain.experimental.FlatMapTransform):
-    """Flattens lists of batches."""
+    """Flatten lists of batches."""
 
     max_fan_out = 1_000_000
 

@@ -382,7 +382,7 @@ class RandomFlip:
         image = example["image"]
         if image.dtype != np.uint8:
             return example | {"image": image[:, ::-1]}
-        # PIL writes the pixels out anew in a third of the time in which numpy reads them backwards later.
+        # PIL rewrites the pixels in a third of the time in which numpy reads them backwards later.
         return example | {"image": array_of(picture_of(image).transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT))}
 
 

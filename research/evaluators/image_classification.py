@@ -46,9 +46,9 @@ class ImageScores(Scores):
         title = f"{len(labels):,} examples, {100 * accuracy:.2f} % correct"
         drawn = {"confusion": pictures.confusion(counts, self._names, title)}
         wrong = np.flatnonzero(labels != predictions)
-        surest = wrong[np.argsort(-columns["probability"][wrong], kind="stable")][: self.mistakes]
-        if len(surest):
-            drawn["mistakes"] = self._draw({name: column[surest] for name, column in columns.items()}, len(wrong))
+        confident = wrong[np.argsort(-columns["probability"][wrong], kind="stable")][: self.mistakes]
+        if len(confident):
+            drawn["mistakes"] = self._draw({name: column[confident] for name, column in columns.items()}, len(wrong))
         return self._scored(loss, columns) | drawn
 
     def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, Mean], dict[str, jax.Array]]:

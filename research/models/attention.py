@@ -77,7 +77,7 @@ def attention_mask(
     index: jax.Array | int = 0,
     window: int | None = None,
 ) -> jax.Array | None:
-    """Returns which keys each query may attend to, bool broadcastable to [B, 1, T, S], or None where all may to all.
+    """Return which keys each query may attend to, bool broadcastable to [B, 1, T, S], or None where all may to all.
 
     Args:
       numbers_BxS: 0 at padding; queries attend to keys of their own number only, so that documents that are packed into
@@ -102,7 +102,7 @@ def attention_mask(
 
 
 def between(queries_BxT: jax.Array, keys_BxS: jax.Array) -> jax.Array:
-    """Returns where a query and a key are of the same document and the key is no padding, bool [B, 1, T, S]."""
+    """Return where a query and a key are of the same document and the key is no padding, bool [B, 1, T, S]."""
     same_BxTxS = queries_BxT[:, :, None] == keys_BxS[:, None, :]
     return (same_BxTxS & (keys_BxS != 0)[:, None, :])[:, None]
 
@@ -112,7 +112,7 @@ class CacheIndex(nn.Module):
 
     @nn.compact
     def __call__(self, length: int) -> jax.Array | None:
-        """Returns the number before `length` more are written; None where there is no cache."""
+        """Return the number before `length` more are written; None where there is no cache."""
         if not self.is_mutable_collection("cache"):
             return None
         held = self.variable("cache", "index", lambda: jnp.zeros((), jnp.int32))
@@ -165,7 +165,7 @@ class Attention(nn.Module):
         source_position_BxSxD: jax.Array | None = None,
         index: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D]; sows the weights [B, H, T, S] as intermediates.
+        """Map [B, T, D] to [B, T, D]; sows the weights [B, H, T, S] as intermediates.
 
         Args:
           x_BxTxD: what asks, and is attended to unless there is a `source_BxSxD`.
@@ -217,7 +217,7 @@ class Attention(nn.Module):
         return out(outputs_BxTxHxK.reshape(batch, length, heads * head_width))
 
     def _kept(self, make: Callable[[], tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-        """Returns keys and values of another sequence, which are computed the first time only."""
+        """Return keys and values of another sequence, which are computed the first time only."""
         if not self.has_variable("cache", "keys"):
             keys, values = make()
             self.variable("cache", "keys", lambda: keys)
@@ -227,7 +227,7 @@ class Attention(nn.Module):
     def _appended(
         self, key_BxTxGxK: jax.Array, value_BxTxGxK: jax.Array, index: jax.Array, size: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Writes keys and values into the cache, which has room for `size`, and returns all of it, [B, S, G, K]."""
+        """Write keys and values into the cache, which has room for `size`, and return all of it, [B, S, G, K]."""
 
         def append(name: str, new: jax.Array) -> jax.Array:
             shape = (new.shape[0], size, *new.shape[2:])

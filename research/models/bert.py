@@ -31,7 +31,7 @@ class Embeddings(nn.Module):
     position_init: layers.Initializer
 
     def setup(self):
-        """Makes the tables."""
+        """Make the tables."""
         table = functools.partial(layers.Embedding, features=self.hidden_size, embedding_init=self.kernel_init)
         self.word = table(self.vocab_size)
         self.position = table(self.max_positions, embedding_init=self.position_init)
@@ -46,7 +46,7 @@ class Embeddings(nn.Module):
         token_type_ids_BxT: jax.Array | None,
         positions_BxT: jax.Array | None,
     ) -> jax.Array:
-        """Maps token ids [B, T] to [B, T, D]."""
+        """Map token ids [B, T] to [B, T, D]."""
         if positions_BxT is None:
             positions_BxT = self._positions(input_ids_BxT)
         elif self.position_offset is not None:
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
     remat: str = "none"
 
     def setup(self):
-        """Makes the embeddings and a block."""
+        """Make the embeddings and a block."""
         dtype, kernel_init = jnp.dtype(self.dtype), nn.initializers.normal(self.initializer_range)
         self.embeddings = Embeddings(
             vocab_size=self.vocab_size,
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
         token_type_ids_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, T] to hidden states [B, T, D] in `dtype`.
+        """Map token ids int32 [B, T] to hidden states [B, T, D] in `dtype`.
 
         Tokens attend to those of the same non-zero number in `attention_mask_BxT`: 1 at every token but padding, or the
         number of the document where several are packed into one row, which then needs `positions_BxT`. Where it is
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
         return stack(self.layers, self.num_layers, x_BxTxD, mask=mask, unroll=self.unroll, remat=self.remat)
 
     def _sinusoids(self, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-        """Initialises positions such that those at any one distance are the same rotation apart."""
+        """Initialise positions such that those at any one distance are the same rotation apart."""
         del key
         return self.initializer_range * 2**0.5 * sinusoids(jnp.arange(shape[0]), shape[1]).astype(dtype)
 
@@ -181,7 +181,7 @@ class SequenceClassifier(nn.Module):
         attention_mask_BxT: jax.Array | None = None,
         token_type_ids_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, T] to logits float32 [B, num_outputs]."""
+        """Map token ids int32 [B, T] to logits float32 [B, num_outputs]."""
         hidden_BxTxD = self.encoder(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT)
         first_BxD = layers.Dropout(self.head_input_dropout, name="head_input_dropout")(hidden_BxTxD[:, 0])
         width, dtype = first_BxD.shape[-1], first_BxD.dtype
@@ -212,7 +212,7 @@ class TokenClassifier(nn.Module):
         attention_mask_BxT: jax.Array | None = None,
         token_type_ids_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, T] to logits float32 [B, T, num_outputs]."""
+        """Map token ids int32 [B, T] to logits float32 [B, T, num_outputs]."""
         hidden_BxTxD = self.encoder(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT)
         hidden_BxTxD = layers.Dropout(self.head_dropout, name="head_dropout")(hidden_BxTxD)
         return layers.Dense(self.num_outputs, name="head_output")(hidden_BxTxD.astype(jnp.float32))
@@ -239,7 +239,7 @@ class MaskedLM(nn.Module):
     tie_embeddings: bool = True
 
     def setup(self):
-        """Makes the head."""
+        """Make the head."""
         encoder = self.encoder
         dtype, kernel_init = jnp.dtype(encoder.dtype), nn.initializers.normal(encoder.initializer_range)
         self.head_dense = layers.Dense(encoder.hidden_size, dtype=dtype, kernel_init=kernel_init)
@@ -255,7 +255,7 @@ class MaskedLM(nn.Module):
         token_type_ids_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, T] to logits float32 [B, T, V]."""
+        """Map token ids int32 [B, T] to logits float32 [B, T, V]."""
         return self.logits(self.hidden(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, positions_BxT))
 
     def hidden(
@@ -265,11 +265,11 @@ class MaskedLM(nn.Module):
         token_type_ids_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, T] to the encoder's hidden states [B, T, D]."""
+        """Map token ids int32 [B, T] to the encoder's hidden states [B, T, D]."""
         return self.encoder(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, positions_BxT)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Maps hidden states [..., D] to logits float32 [..., V]."""
+        """Map hidden states [..., D] to logits float32 [..., V]."""
         hidden = self.head_norm(layers.activation(self.head_activation)(self.head_dense(hidden)))
         if self.tie_embeddings:
             return self.encoder.embeddings.word.attend(hidden) + self.head_bias

@@ -52,7 +52,7 @@ class Block(nn.Module):
         index: jax.Array | None = None,
         depth: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D].
+        """Map [B, T, D] to [B, T, D].
 
         `mask` to `index` are those of `Attention`; `depth` goes from 0 at the first block to 1 at the last.
         """
@@ -110,7 +110,7 @@ def default_unroll(num_layers: int) -> int:
 def stack(
     block: nn.Module, num_layers: int, x: jax.Array, *, unroll: int | None = None, remat: str = "none", **context: Any
 ) -> jax.Array:
-    """Applies `num_layers` blocks in turn, compiled once by a scan over their stacked parameters.
+    """Apply `num_layers` blocks in turn, compiled once by a scan over their stacked parameters.
 
     Args:
       block: the block. Its parameters get a leading axis of length `num_layers`. Name it "layers": `optimizer.py`
@@ -133,7 +133,7 @@ def stack(
 def every_output(
     block: nn.Module, num_layers: int, x: jax.Array, *, unroll: int | None = None, remat: str = "none", **context: Any
 ) -> jax.Array:
-    """Applies blocks as `stack` does and returns the outputs of all of them, [num_layers, B, T, D]."""
+    """Apply blocks as `stack` does and return the outputs of all of them, [num_layers, B, T, D]."""
     return _scan(block, num_layers, x, unroll, remat, context, every=True)[1]
 
 
@@ -146,7 +146,7 @@ def _scan(
     context: dict[str, Any],
     every: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Returns the output of the last block and, where `every` one is asked for, those of all, stacked."""
+    """Return the output of the last block and, where `every` one is asked for, those of all, stacked."""
     # A share that is 0 everywhere is left out: blocks need not know of depth.
     scanned = {"depth": jnp.linspace(0, 1, num_layers)} if getattr(block, "drop_path", 0.0) else {}
 

@@ -21,7 +21,7 @@ from research.models.resnet import ResNet, shrink
 
 
 def sinusoids(mask_BxHxW: jax.Array, width: int) -> jax.Array:
-    """Returns the positions of places on a map, float32 [B, h, w, width] (Carion 2020; Parmar 2018).
+    """Return the positions of places on a map, float32 [B, h, w, width] (Carion 2020; Parmar 2018).
 
     Half of them for the row, half for the column, both counted over what the mask does not hide and as shares of what
     there is, times 2 pi: sines and cosines in turn.
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxSxD: jax.Array, mask: jax.Array, position_BxSxD: jax.Array) -> jax.Array:
-        """Maps [B, S, D] to [B, S, D]; positions are added to the queries and keys of every layer."""
+        """Map [B, S, D] to [B, S, D]; positions are added to the queries and keys of every layer."""
         return stack(
             self.block(name="layers"),
             self.num_layers,
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
     def __call__(
         self, query_QxD: jax.Array, source_BxSxD: jax.Array, source_mask: jax.Array, source_position_BxSxD: jax.Array
     ) -> jax.Array:
-        """Returns the normalised outputs of all layers, [L, B, Q, D].
+        """Return the normalised outputs of all layers, [L, B, Q, D].
 
         What the layers work on begins with zeros; `query_QxD` are its positions.
         """
@@ -99,7 +99,7 @@ class BoxHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., D] to boxes [..., 4]: centre (x, y), width and height, as shares of the image's."""
+        """Map [..., D] to boxes [..., 4]: centre (x, y), width and height, as shares of the image's."""
         dense = functools.partial(layers.Dense, kernel_init=nn.initializers.xavier_uniform())
         for name in ("hidden1", "hidden2"):
             x = jax.nn.relu(dense(x.shape[-1], name=name)(x))
@@ -156,7 +156,7 @@ class Detr(nn.Module):
     inputs: ClassVar[tuple[str, ...]] = ("image", "pixel_mask")
 
     def setup(self):
-        """Makes all but the backbone."""
+        """Make all but the backbone."""
         dtype, init = jnp.dtype(self.dtype), nn.initializers.xavier_uniform()
         norm = functools.partial(layers.LayerNorm, self.layer_norm_epsilon, dtype=dtype)
 
@@ -190,7 +190,7 @@ class Detr(nn.Module):
     def __call__(
         self, image_BxHxWx3: jax.Array, pixel_mask_BxHxW: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Finds objects; every layer of the decoder does, the last one best.
+        """Find objects; every layer of the decoder does, the last one best.
 
         Args:
           image_BxHxWx3: images, float; smaller ones have padding of 0 at the bottom and right.

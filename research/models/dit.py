@@ -26,12 +26,12 @@ _NORMAL = nn.initializers.normal(0.02)
 
 
 def _as_linear(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Initialises the kernel of the patches as that of a linear layer of their pixels."""
+    """Initialise the kernel of the patches as that of a linear layer of their pixels."""
     return _XAVIER(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
 
 
 def time_waves(time_B: jax.Array) -> jax.Array:
-    """Returns cosines, then sines, of the time at frequencies from 1 to 1/10000, float32 [B, 256].
+    """Return cosines, then sines, of the time at frequencies from 1 to 1/10000, float32 [B, 256].
 
     As Ho 2020 and Diffusers have it; the authors' own code stops one step before the last frequency.
     """
@@ -52,14 +52,14 @@ def normalize(x_BxNxD: jax.Array, shift_BxD: jax.Array, scale_BxD: jax.Array, ep
 
 
 class TimeEmbedding(nn.Module):
-    """Embeds the time by its waves and an MLP."""
+    """Embed the time by its waves and an MLP."""
 
     hidden_size: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, time_B: jax.Array) -> jax.Array:
-        """Maps times [B] to [B, D]."""
+        """Map times [B] to [B, D]."""
         dense = functools.partial(layers.Dense, self.hidden_size, dtype=self.dtype, kernel_init=_NORMAL)
         return dense(name="down")(jax.nn.silu(dense(name="up")(time_waves(time_B))))
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxNxD: jax.Array, *, condition_BxD: jax.Array) -> jax.Array:
-        """Maps [B, N, D] to [B, N, D]."""
+        """Map [B, N, D] to [B, N, D]."""
         width, zeros = x_BxNxD.shape[-1], nn.initializers.zeros
         modulation = layers.Dense(6 * width, dtype=self.dtype, kernel_init=zeros, name="modulation")(condition_BxD)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(modulation, 6, axis=-1)
@@ -139,7 +139,7 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(self, image_BxHxWxC: jax.Array, time_B: jax.Array, label_B: jax.Array) -> jax.Array:
-        """Maps noisy images, times (in steps of training, 0 to 999, whole or not) and classes to float32 [B, H, W, U].
+        """Map noisy images, times (in steps of training, 0 to 999, whole or not) and classes to float32 [B, H, W, U].
 
         Raises:
           UserError: images of another shape.

@@ -50,7 +50,7 @@ class Stack(nn.Module):
         source_mask: jax.Array | None = None,
         index: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D]; see `attention.attention_mask` for `numbers_BxS` and `index`."""
+        """Map [B, T, D] to [B, T, D]; see `attention.attention_mask` for `numbers_BxS` and `index`."""
         length, start = x_BxTxD.shape[1], 0 if index is None else index
         mask = attention_mask(numbers_BxS, length, causal=self.causal, index=start)
         bias = None
@@ -137,7 +137,7 @@ class EncoderDecoder(nn.Module):
     remat: str = "none"
 
     def setup(self):
-        """Makes the word table, both stacks and the output layer."""
+        """Make the word table, both stacks and the output layer."""
         if self.positions not in POSITIONS:
             raise UserError(f"unknown positions '{self.positions}'{nearest(self.positions, POSITIONS)}")
         dtype, relative = jnp.dtype(self.dtype), self.positions == "relative"
@@ -209,7 +209,7 @@ class EncoderDecoder(nn.Module):
         positions_BxS: jax.Array | None = None,
         decoder_positions_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, S] and [B, T] to logits float32 [B, T, V]; see `encode` and `decode`."""
+        """Map token ids int32 [B, S] and [B, T] to logits float32 [B, T, V]; see `encode` and `decode`."""
         hidden_BxTxD = self.hidden(
             input_ids_BxS,
             decoder_input_ids_BxT,
@@ -226,7 +226,7 @@ class EncoderDecoder(nn.Module):
         attention_mask_BxS: jax.Array | None = None,
         positions_BxS: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, S] to [B, S, D]; see `attention.attention_mask` for the numbers in the mask."""
+        """Map token ids int32 [B, S] to [B, S, D]; see `attention.attention_mask` for the numbers in the mask."""
         x_BxSxD = self._embed(input_ids_BxS, attention_mask_BxS, positions_BxS, 0)
         return self.encoder(x_BxSxD, attention_mask_BxS)
 
@@ -238,7 +238,7 @@ class EncoderDecoder(nn.Module):
         decoder_attention_mask_BxT: jax.Array | None = None,
         decoder_positions_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, T] to the hidden states [B, T, D] that `logits` takes.
+        """Map token ids int32 [B, T] to the hidden states [B, T, D] that `logits` takes.
 
         Where `apply` lets the collection "cache" change, keys and values of both kinds of attention are kept in it, as
         in `gpt.Decoder.hidden`: the length of `decoder_attention_mask_BxT` is then the size of the cache.
@@ -277,14 +277,14 @@ class EncoderDecoder(nn.Module):
         positions_BxS: jax.Array | None = None,
         decoder_positions_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps what `__call__` takes to the hidden states [B, T, D] that `logits` takes."""
+        """Map what `__call__` takes to the hidden states [B, T, D] that `logits` takes."""
         encoded_BxSxD = self.encode(input_ids_BxS, attention_mask_BxS, positions_BxS)
         return self.decode(
             decoder_input_ids_BxT, encoded_BxSxD, attention_mask_BxS, decoder_attention_mask_BxT, decoder_positions_BxT
         )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Maps hidden states [..., D] to logits float32 [..., V]."""
+        """Map hidden states [..., D] to logits float32 [..., V]."""
         hidden *= jnp.asarray(self.logits_scale, hidden.dtype)
         logits = self.word.attend(hidden) if self.tie_embeddings else self.head(hidden).astype(jnp.float32)
         return logits + self.head_bias if self.logits_bias else logits

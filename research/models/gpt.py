@@ -86,7 +86,7 @@ class Decoder(nn.Module):
     remat: str = "none"
 
     def setup(self):
-        """Makes the embeddings, a block, the last norm and the output layer."""
+        """Make the embeddings, a block, the last norm and the output layer."""
         if self.positions not in POSITIONS:
             raise UserError(f"unknown positions '{self.positions}'{nearest(self.positions, POSITIONS)}")
         dtype, residuals = jnp.dtype(self.dtype), 2 * self.num_layers
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         attention_mask_BxS: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, T] to logits float32 [B, T, V] of the tokens that follow; see `hidden`."""
+        """Map token ids int32 [B, T] to logits float32 [B, T, V] of the tokens that follow; see `hidden`."""
         return self.logits(self.hidden(input_ids_BxT, attention_mask_BxS, positions_BxT))
 
     def hidden(
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         attention_mask_BxS: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps token ids int32 [B, T] to the hidden states [B, T, D] that `logits` takes.
+        """Map token ids int32 [B, T] to the hidden states [B, T, D] that `logits` takes.
 
         Where `apply` lets the collection "cache" change, keys and values are kept in it: the first call makes a cache
         of S places and fills T of them, the next ones continue.
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         return self.norm_out(x_BxTxD)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Maps hidden states [..., D] to logits float32 [..., V]."""
+        """Map hidden states [..., D] to logits float32 [..., V]."""
         if self.tie_embeddings:
             return self.word.attend(hidden)
         return self.head(hidden).astype(jnp.float32)

@@ -14,11 +14,11 @@ SIZE = 299
 
 
 class Inception(nn.Module):
-    """Maps images to features; batch normalisation is folded into the convolutions."""
+    """Map images to features; batch normalisation is folded into the convolutions."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images [B, H, W, 3] in [-1, 1], at least 75 pixels wide and high, to float32 [B, 2048]."""
+        """Map images [B, H, W, 3] in [-1, 1], at least 75 pixels wide and high, to float32 [B, 2048]."""
         x = _convolve(x, "Conv2d_1a_3x3", 32, (3, 3), stride=2)
         x = _convolve(x, "Conv2d_2a_3x3", 32, (3, 3), padding="VALID")
         x = _maximum(_convolve(x, "Conv2d_2b_3x3", 64, (3, 3)))
@@ -35,7 +35,7 @@ class Inception(nn.Module):
 
 
 def prepare(image: jax.Array) -> jax.Array:
-    """Makes images in [0, 1], [B, H, W, 1 or 3], what the network sees: 299 x 299 x 3, in [-1, 1]."""
+    """Make images in [0, 1], [B, H, W, 1 or 3], what the network sees: 299 x 299 x 3, in [-1, 1]."""
     shape = (image.shape[0], SIZE, SIZE, image.shape[-1])
     resized = 2 * jax.image.resize(image, shape, "linear", antialias=False) - 1
     return jnp.broadcast_to(resized, (*shape[:-1], 3))

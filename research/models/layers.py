@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Returns the elementwise function of that name, or raises UserError."""
+    """Return the elementwise function of that name, or raise UserError."""
     if name not in ACTIVATIONS:
         raise UserError(f"unknown activation '{name}'{nearest(name, ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -56,7 +56,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns x with a share `rate` of its values zeroed and the rest scaled up."""
+        """Return x with a share `rate` of its values zeroed and the rest scaled up."""
         key = self.key()
         return x if key is None else drop(x, key, self.rate, flat_positions(x.shape))
 
@@ -75,7 +75,7 @@ class DropPath(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, depth: jax.Array) -> jax.Array:
-        """Returns x [B, ...] with a share `rate * depth` of the examples zeroed and the rest scaled up."""
+        """Return x [B, ...] with a share `rate * depth` of the examples zeroed and the rest scaled up."""
         if not 0 <= self.rate < 1:
             raise UserError(f"a drop_path rate must lie in [0, 1); one is {self.rate}")
         if self.rate == 0.0 or not self.has_rng("dropout"):
@@ -157,7 +157,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., D] to [..., features], in `dtype`."""
+        """Map [..., D] to [..., features], in `dtype`."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
@@ -174,15 +174,15 @@ class Embedding(nn.Module):
     embedding_init: Initializer = nn.initializers.normal(0.02)
 
     def setup(self):
-        """Makes the table."""
+        """Make the table."""
         self.embedding = self.param("embedding", self.embedding_init, (self.vocab_size, self.features), jnp.float32)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Maps integers [...] to [..., features]."""
+        """Map integers [...] to [..., features]."""
         return jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Maps [..., features] to the products with every row, [..., vocabulary] in float32: an output layer's weights.
+        """Map [..., features] to the products with every row, [..., vocabulary] in float32: an output layer's weights.
 
         The dtype of the product is that of the table, accumulated in float32.
         """
@@ -199,7 +199,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., D] to [..., D], in `dtype`."""
+        """Map [..., D] to [..., D], in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
@@ -216,7 +216,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., D] to [..., D], in `dtype`."""
+        """Map [..., D] to [..., D], in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         return (x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon) * scale).astype(self.dtype)
@@ -226,7 +226,7 @@ NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
 
 
 def norm(name: str) -> type[nn.Module]:
-    """Returns the normalisation of that name, or raises UserError."""
+    """Return the normalisation of that name, or raise UserError."""
     if name not in NORMS:
         raise UserError(f"unknown norm '{name}'{nearest(name, NORMS)}")
     return NORMS[name]
@@ -257,7 +257,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D] through [B, T, F]."""
+        """Map [B, T, D] to [B, T, D] through [B, T, F]."""
         dense = functools.partial(Dense, use_bias=self.use_bias, dtype=self.dtype)
         activate = activation(self.activation)
         h_BxTxF = dense(self.hidden_size, kernel_init=self.kernel_init, name="up")(x_BxTxD)

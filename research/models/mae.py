@@ -18,7 +18,7 @@ from research.models.blocks import Block, stack
 
 
 class MaskedAutoencoder(nn.Module):
-    """Predicts the pixels of hidden patches from those of the others.
+    """Predict the pixels of hidden patches from those of the others.
 
     The decoder has the encoder's activation, biases, norms, dropout, initial values and dtype, and no dropped paths.
     Its positions are sinusoids, with zeros for the tokens before the patches.
@@ -42,7 +42,7 @@ class MaskedAutoencoder(nn.Module):
     normalize_targets: bool = True
 
     def setup(self):
-        """Makes the decoder."""
+        """Make the decoder."""
         encoder = self.encoder
         self.decoder = Decoder(
             hidden_size=self.decoder_hidden_size,
@@ -63,7 +63,7 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def __call__(self, image_BxHxWxC: jax.Array, noise_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Predicts every patch from those that are kept.
+        """Predict every patch from those that are kept.
 
         Args:
           image_BxHxWxC: images.
@@ -82,7 +82,7 @@ class MaskedAutoencoder(nn.Module):
         return predictions_BxNxF.astype(jnp.float32), rank_BxN >= kept
 
     def encode(self, image_BxHxWxC: jax.Array, noise_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Encodes the kept patches alone.
+        """Encode the kept patches alone.
 
         Returns:
           hidden states [B, P + K, D] of the tokens before the patches and of the kept patches, by ascending noise, and
@@ -97,7 +97,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
-    """Returns how many patches are kept; raises UserError unless some are and some are not."""
+    """Return how many patches are kept; raise UserError unless some are and some are not."""
     kept = int(patches * (1 - mask_ratio))
     if not 0 < kept < patches:
         raise UserError(f"config.task.model.mask_ratio: {mask_ratio} keeps {kept} of {patches} patches; 0.75 is usual")
@@ -105,7 +105,7 @@ def kept_patches(patches: int, mask_ratio: float) -> int:
 
 
 class Decoder(nn.Module):
-    """Puts a learned token where a patch was hidden, and maps all tokens to pixels (He 2021, section 3).
+    """Put a learned token where a patch was hidden, and map all tokens to pixels (He 2021, section 3).
 
     Attributes: see `MaskedAutoencoder`; `num_outputs` is F.
     """
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens_BxTxD: jax.Array, rank_BxN: jax.Array, shape: tuple[int, int], prefix_tokens: int
     ) -> jax.Array:
-        """Maps hidden states [B, P + K, D] to predictions [B, N, F].
+        """Map hidden states [B, P + K, D] to predictions [B, N, F].
 
         Args:
           tokens_BxTxD: the first `prefix_tokens` are no patches.

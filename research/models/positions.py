@@ -16,7 +16,7 @@ from research.models.layers import Initializer
 
 
 def positions(numbers_BxS: jax.Array | None, shape: tuple[int, ...], index: jax.Array | int = 0) -> jax.Array:
-    """Returns the positions, int32 [B, T], of the tokens from `index` on: rows count what is no padding, from 0."""
+    """Return the positions, int32 [B, T], of the tokens from `index` on: rows count what is no padding, from 0."""
     if numbers_BxS is None:
         return jnp.broadcast_to(index + jnp.arange(shape[1]), shape)
     counts_BxS = jnp.maximum(jnp.cumsum((numbers_BxS != 0).astype(jnp.int32), axis=1) - 1, 0)
@@ -26,7 +26,7 @@ def positions(numbers_BxS: jax.Array | None, shape: tuple[int, ...], index: jax.
 def rotary_angles(
     positions_BxT: jax.Array, width: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns sine and cosine, float32 [B, T, 1, K/2], of rotary position embeddings (Su 2021, section 3.4).
+    """Return sine and cosine, float32 [B, T, 1, K/2], of rotary position embeddings (Su 2021, section 3.4).
 
     Args:
       positions_BxT: positions.
@@ -51,7 +51,7 @@ def rotary_angles(
 
 
 def _llama3_frequencies(frequencies: jax.Array, scaling: Mapping[str, Any]) -> jax.Array:
-    """Leaves short wavelengths, stretches long ones by the factor, and goes smoothly from one to the other."""
+    """Keep short wavelengths, stretches long ones by the factor, and goes smoothly from one to the other."""
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -59,14 +59,14 @@ def _llama3_frequencies(frequencies: jax.Array, scaling: Mapping[str, Any]) -> j
 
 
 def rotate(x_BxTxHxK: jax.Array, sine: jax.Array, cosine: jax.Array) -> jax.Array:
-    """Turns the plane of each dimension of the first half and its fellow of the second half by its angle."""
+    """Rotate each pair of a dimension in the first half and its counterpart in the second half by its angle."""
     first, second = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return turned.astype(x_BxTxHxK.dtype)
 
 
 def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
-    """Returns the position embeddings of Vaswani 2017 (section 3.5), float32 [B, T, D]: all sines, then all cosines."""
+    """Return the position embeddings of Vaswani 2017 (section 3.5), float32 [B, T, D]: all sines, then all cosines."""
     frequencies = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = positions_BxT[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]
@@ -91,7 +91,7 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, length: int, keys: int, index: jax.Array | int = 0) -> jax.Array:
-        """Returns [1, H, T, S] for T queries, the first of which stands at `index` of S keys."""
+        """Return [1, H, T, S] for T queries, the first of which stands at `index` of S keys."""
         table = self.param("embedding", self.embedding_init, (self.num_buckets, self.num_heads), jnp.float32)
         distances_TxS = jnp.arange(keys)[None] - (index + jnp.arange(length))[:, None]
         return table[self._buckets(distances_TxS)].transpose(2, 0, 1)[None]
@@ -106,7 +106,7 @@ class RelativeBias(nn.Module):
         return base + jnp.asarray(self._table(buckets))[jnp.minimum(distances, self.max_distance)]
 
     def _table(self, buckets: int) -> list[int]:
-        """Returns the bucket of every distance up to the greatest.
+        """Return the bucket of every distance up to the greatest.
 
         Some lie on the edge of a bucket, so that precision and the order of the operations matter.
         """

@@ -29,7 +29,7 @@ class FrozenBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxhxwxC: jax.Array, mask_Bxhxw: jax.Array | None = None) -> jax.Array:
-        """Maps [B, h, w, C] to [B, h, w, C]; a mask changes nothing, as the statistics are fixed."""
+        """Map [B, h, w, C] to [B, h, w, C]; a mask changes nothing, as the statistics are fixed."""
         zeros, ones, shape = nn.initializers.zeros, nn.initializers.ones, (x_BxhxwxC.shape[-1],)
         inits = {"scale": ones, "bias": zeros, "mean": zeros, "variance": ones}
         fixed = {name: jax.lax.stop_gradient(self.param(name, init, shape)) for name, init in inits.items()}
@@ -51,7 +51,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxhxwxC: jax.Array, mask_Bxhxw: jax.Array | None = None) -> jax.Array:
-        """Maps [B, h, w, C] to [B, h, w, C]; `mask_Bxhxw` is 0 at padding."""
+        """Map [B, h, w, C] to [B, h, w, C]; `mask_Bxhxw` is 0 at padding."""
         batch, _, _, channels = x_BxhxwxC.shape
         scale_C = self.param("scale", nn.initializers.ones, (channels,))
         bias_C = self.param("bias", nn.initializers.zeros, (channels,))
@@ -96,7 +96,7 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, pixel_mask_BxHxW: jax.Array | None) -> jax.Array:
-        """Maps [B, h, w, C] to [B, h / stride, w / stride, width]."""
+        """Map [B, h, w, C] to [B, h / stride, w / stride, width]."""
         first, second = self.dilations
         parts = [(self.width, 3, self.stride, first), (self.width, 3, 1, second)]
         if self.bottleneck:
@@ -148,7 +148,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, image_BxHxWxC: jax.Array, pixel_mask_BxHxW: jax.Array | None = None) -> jax.Array:
-        """Maps images [B, H, W, num_channels], with a mask that is 0 at padding, to a map [B, h, w, widths[-1]]."""
+        """Map images [B, H, W, num_channels], with a mask that is 0 at padding, to a map [B, h, w, widths[-1]]."""
         self._check(image_BxHxWxC.shape)
         mask = functools.partial(shrink, pixel_mask_BxHxW)
         frozen = self.norm == "frozen"
@@ -186,7 +186,7 @@ class ResNet(nn.Module):
 
 
 def shrink(mask_BxHxW: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns a mask at another number of rows and columns, the nearest pixel's (as PyTorch has it); None for None."""
+    """Return a mask at another number of rows and columns, the nearest pixel's (as PyTorch has it); None for None."""
     if mask_BxHxW is None:
         return None
     rows, columns = (

@@ -19,7 +19,7 @@ from research.models.blocks import Block, stack
 
 
 class Patches(nn.Module):
-    """Cuts images into squares and maps each linearly (Dosovitskiy 2020, equation 1).
+    """Cut images into squares and map each linearly (Dosovitskiy 2020, equation 1).
 
     Attributes:
       patch_size: the side of a square in pixels.
@@ -35,7 +35,7 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, image_BxHxWxC: jax.Array) -> jax.Array:
-        """Maps images [B, H, W, C] to [B, N, D]."""
+        """Map images [B, H, W, C] to [B, N, D]."""
         squares_BxNxF = cut(image_BxHxWxC, self.patch_size)
         shape = (self.patch_size, self.patch_size, image_BxHxWxC.shape[-1], self.hidden_size)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).reshape(-1, self.hidden_size)
@@ -46,7 +46,7 @@ class Patches(nn.Module):
 
 
 def cut(image_BxHxWxC: jax.Array, patch_size: int) -> jax.Array:
-    """Returns the pixels of an image's patches, [B, N, patch_size * patch_size * C], each row by row."""
+    """Return the pixels of an image's patches, [B, N, patch_size * patch_size * C], each row by row."""
     batch, height, width, channels = image_BxHxWxC.shape
     rows, columns = grid((height, width), patch_size)
     x = image_BxHxWxC.reshape(batch, rows, patch_size, columns, patch_size, channels)
@@ -54,21 +54,21 @@ def cut(image_BxHxWxC: jax.Array, patch_size: int) -> jax.Array:
 
 
 def join(squares_BxNxF: jax.Array, shape: Sequence[int], patch_size: int) -> jax.Array:
-    """Returns the images [B, H, W, C] of height and width `shape` that `cut` cuts into these patches."""
+    """Return the images [B, H, W, C] of height and width `shape` that `cut` cuts into these patches."""
     rows, columns = grid(shape, patch_size)
     x = squares_BxNxF.reshape(squares_BxNxF.shape[0], rows, columns, patch_size, patch_size, -1)
     return x.swapaxes(2, 3).reshape(x.shape[0], *shape, x.shape[-1])
 
 
 def grid(shape: Sequence[int], patch_size: int) -> tuple[int, int]:
-    """Returns how many rows and columns of patches an image of height and width `shape` has, or raises UserError."""
+    """Return how many rows and columns of patches an image of height and width `shape` has, or raise UserError."""
     if shape[0] % patch_size or shape[1] % patch_size:
         raise UserError(f"images of {shape[0]} x {shape[1]} pixels cannot be cut into patches of {patch_size}")
     return shape[0] // patch_size, shape[1] // patch_size
 
 
 def sinusoids_2d(rows: int, columns: int, width: int) -> np.ndarray:
-    """Returns fixed position embeddings, float32 [rows * columns, width] (He 2021, appendix A.1).
+    """Return fixed position embeddings, float32 [rows * columns, width] (He 2021, appendix A.1).
 
     Sines and cosines of the column, then of the row, at width / 4 frequencies.
     """
@@ -85,7 +85,7 @@ def sinusoids_2d(rows: int, columns: int, width: int) -> np.ndarray:
 
 
 def resample(table_NxD: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-    """Returns a table of positions on a grid of `old` rows and columns, interpolated to `new` (bicubic, as PyTorch)."""
+    """Return a table of positions on a grid of `old` rows and columns, interpolated to `new` (bicubic, as PyTorch)."""
     if old == new:
         return table_NxD
     rows, columns = (_cubic(a, b) for a, b in zip(old, new))
@@ -94,7 +94,7 @@ def resample(table_NxD: jax.Array, old: tuple[int, int], new: tuple[int, int]) -
 
 
 def _cubic(old: int, new: int) -> np.ndarray:
-    """Returns the weights [new, old] of cubic convolution (Keys 1981) with a = -0.75, its edges repeated."""
+    """Return the weights [new, old] of cubic convolution (Keys 1981) with a = -0.75, its edges repeated."""
     a = -0.75
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old), np.float32)
@@ -158,7 +158,7 @@ class Encoder(nn.Module):
     remat: str = "none"
 
     def setup(self):
-        """Makes the embeddings, a block and the last norm."""
+        """Make the embeddings, a block and the last norm."""
         if self.positions not in (kinds := ("learned", "sinusoidal")):
             raise UserError(f"positions: unknown '{self.positions}'{nearest(self.positions, kinds)}")
         dtype, init = jnp.dtype(self.dtype), nn.initializers.normal(self.initializer_range)
@@ -188,11 +188,11 @@ class Encoder(nn.Module):
         return grid((self.image_size, self.image_size), self.patch_size)
 
     def __call__(self, image_BxHxWxC: jax.Array) -> jax.Array:
-        """Maps images float [B, H, W, C] to hidden states [B, P + N, D] in `dtype`, normalised."""
+        """Map images float [B, H, W, C] to hidden states [B, P + N, D] in `dtype`, normalised."""
         return self.encode(jnp.concatenate(self.embed(image_BxHxWxC), axis=1))
 
     def embed(self, image_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the tokens before the patches, [B, P, D], and the patches, [B, N, D], with their positions."""
+        """Return the tokens before the patches, [B, P, D], and the patches, [B, N, D], with their positions."""
         batch, height, width, channels = image_BxHxWxC.shape
         if channels != self.num_channels:
             raise UserError(f"images of {channels} channels; config.task.model's num_channels is {self.num_channels}")
@@ -210,13 +210,13 @@ class Encoder(nn.Module):
         return prefix_BxPxD, patches_BxNxD + position_NxD.astype(dtype)
 
     def encode(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Maps embedded tokens, all or some of them, [B, T, D], to hidden states [B, T, D], normalised."""
+        """Map embedded tokens, all or some of them, [B, T, D], to hidden states [B, T, D], normalised."""
         x_BxTxD = stack(self.layers, self.num_layers, self.drop(x_BxTxD), unroll=self.unroll, remat=self.remat)
         return self.norm(x_BxTxD)
 
 
 def to_image_size(encoder: Encoder, params: dict[str, Any], size: int) -> tuple[Encoder, dict[str, Any]]:
-    """Returns an encoder for images of `size` pixels a side that computes what this one does, and its parameters."""
+    """Return an encoder for images of `size` pixels a side that computes what this one does, and its parameters."""
     larger, params = encoder.clone(image_size=size), dict(params)
     if encoder.positions == "learned" and size != encoder.image_size:
         prefix_PxD, position_NxD = np.split(params["position"], [encoder.prefix_tokens])
@@ -248,7 +248,7 @@ class ImageClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, image_BxHxWxC: jax.Array) -> jax.Array:
-        """Maps images float [B, H, W, C] to logits float32 [B, num_outputs]."""
+        """Map images float [B, H, W, C] to logits float32 [B, num_outputs]."""
         if self.pooling not in POOLINGS:
             raise UserError(f"pooling: unknown '{self.pooling}'{nearest(self.pooling, POOLINGS)}")
         prefix = self.encoder.prefix_tokens
@@ -276,7 +276,7 @@ class DistilledClassifier(nn.Module):
     inputs: ClassVar[tuple[str, ...]] = ("image",)
 
     def setup(self):
-        """Makes the two layers."""
+        """Make the two layers."""
         if self.encoder.prefix_tokens != 2:
             found = self.encoder.prefix_tokens
             raise UserError(f"encoder: a class and a distillation token are 2 prefix_tokens, not {found}")
@@ -284,11 +284,11 @@ class DistilledClassifier(nn.Module):
         self.head_distillation = layers.Dense(self.num_outputs)
 
     def __call__(self, image_BxHxWxC: jax.Array) -> jax.Array:
-        """Maps images float [B, H, W, C] to the mean of both logits, float32 [B, num_outputs]."""
+        """Map images float [B, H, W, C] to the mean of both logits, float32 [B, num_outputs]."""
         label_BxC, teacher_BxC = self.heads(image_BxHxWxC)
         return (label_BxC + teacher_BxC) / 2
 
     def heads(self, image_BxHxWxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the logits of the label and those of what the teacher says, each float32 [B, num_outputs]."""
+        """Return the logits of the label and those of what the teacher says, each float32 [B, num_outputs]."""
         hidden_BxTxD = self.encoder(image_BxHxWxC).astype(jnp.float32)
         return self.head_output(hidden_BxTxD[:, 0]), self.head_distillation(hidden_BxTxD[:, 1])

@@ -77,7 +77,7 @@ def read(path: pathlib.Path) -> dict[str, Stored]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds dicts of `Stored` and nothing else."""
+    """Build dicts of `Stored` and nothing else."""
 
     def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile):
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]

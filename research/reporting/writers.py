@@ -31,7 +31,7 @@ class Writer:
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, lines: int = 0):
-        """Open the files of a run that goes on after `step`; what a stopped run wrote after `lines` is dropped."""
+        """Open the files of a run that resumes after `step`; what a stopped run wrote after `lines` is dropped."""
         self.lines, self._workdir = 0, workdir
         self._file: TextIO | None = None
         if jax.process_index() == 0:

@@ -30,7 +30,7 @@ class CausalLM:
       model: the Linen module, with methods `hidden` and `logits`; see `models.gpt`.
       logits_chunk: positions whose logits exist at once; 0 for all. Long rows of a large vocabulary need it.
       tokenizer: to put outputs in words.
-      decoding: how `predict` goes on with a text.
+      decoding: how `predict` continues a text.
     """
 
     model: nn.Module
@@ -39,22 +39,22 @@ class CausalLM:
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters; raises UserError if a feature is missing or rows are too long."""
+        """Return new float32 parameters; raise UserError if a feature is missing or rows are too long."""
         learned = getattr(self.model, "positions", None) == "learned"
         tokens.check(spec, ("input_ids", "targets", "target_mask"), self.model.max_positions if learned else None)
         return tokens.init(self.model, rng, spec, INPUTS)
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the mean cross-entropy over the targets, in nats, with dropout, and the share predicted right."""
+        """Return the mean cross-entropy over the targets, in nats, with dropout, and the share predicted right."""
         means = self._score(params, batch, {"dropout": rng})
         return means["loss"], {"accuracy": means["accuracy"]}
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns "loss", "accuracy" and, where the batch has "target_bytes", "bits_per_byte"."""
+        """Return "loss", "accuracy" and, where the batch has "target_bytes", "bits_per_byte"."""
         return self._score(params, batch, {})
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns the "log_likelihood" of each row's targets, in nats, and how many there are, "targets".
+        """Return the "log_likelihood" of each row's targets, in nats, and how many there are, "targets".
 
         Of a batch without targets, questions, it returns the "tokens" int32 [B, N] that go on; padding follows the end.
         """
@@ -70,7 +70,7 @@ class CausalLM:
         }
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns one text's log-likelihood, in nats, its number of tokens and its perplexity; or what goes on."""
+        """Return one text's log-likelihood, in nats, its number of tokens and its perplexity; or its continuation."""
         if "tokens" in output:
             return {"prediction": completion(self.tokenizer, output["tokens"], self.decoding.stop)}
         likelihood, count = float(output["log_likelihood"]), float(output["targets"])

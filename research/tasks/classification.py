@@ -27,7 +27,7 @@ class Classification:
       objective: "softmax": one of C classes, cross-entropy, labels int [B]. "sigmoid": each of C labels on or off,
         binary cross-entropy, labels 0 or 1 [B, C] (or [B] where C is 1). "regression": squared error, labels float [B].
       label_smoothing: share of the probability spread evenly over the classes; "softmax" only.
-      label_names: C names, for what a person reads; taken from the training data where they are left out.
+      label_names: C names, for display; taken from the training data where they are left out.
     """
 
     model: nn.Module

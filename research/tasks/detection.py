@@ -36,7 +36,7 @@ class Detection:
       no_object_weight: of a query without an object in the class loss, relative to one with an object.
       auxiliary: add up the losses of all layers of the decoder; else that of the last counts alone.
       threshold: the score from which on a box is described.
-      label_names: C names, for what a person reads; taken from the training data where they are left out.
+      label_names: C names, for display; taken from the training data where they are left out.
       mesh: over which batches are split.
     """
 
@@ -104,7 +104,7 @@ class Detection:
         } | sizes
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """List the objects in one image, the surest first.
+        """List the objects in one image, most confident first.
 
         Each has a "label", a "score" and a "box": left, top, right and bottom, in pixels of the original image where
         the output has its "image_size", else as shares.

@@ -30,7 +30,7 @@ class Diffusion:
       process: how noise is mixed in, and what the model says of it.
       label_dropout: the share of labels that are taken away in training, so that guidance has what it departs from.
       sampling: how images are drawn.
-      label_names: the classes' names, for what a person reads; taken from the training data where they are left out.
+      label_names: the classes' names, for display; taken from the training data where they are left out.
     """
 
     model: DiT

@@ -33,22 +33,22 @@ class MaskedLM:
     tokenizer: Tokenizer | None = None
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters; raises UserError if a feature is missing or rows are too long."""
+        """Return new float32 parameters; raise UserError if a feature is missing or rows are too long."""
         tokens.check(spec, ("input_ids", "targets", "target_mask"))
         encoders.check_length(self.model, spec)
         return tokens.init(self.model, rng, spec, INPUTS)
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the mean cross-entropy over the chosen tokens, in nats, with dropout, and the share that is right."""
+        """Return the mean cross-entropy over the chosen tokens, in nats, with dropout, and the share that is right."""
         means = self._score(params, batch, {"dropout": rng})
         return means["loss"], {"accuracy": means["accuracy"]}
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns "loss" and "accuracy"."""
+        """Return "loss" and "accuracy"."""
         return self._score(params, batch, {})
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns the five likeliest tokens everywhere, "tokens" int [B, T, 5], and their "probabilities".
+        """Return the five likeliest tokens everywhere, "tokens" int [B, T, 5], and their "probabilities".
 
         "chosen" [B, T] says where one was asked for.
         """
@@ -59,7 +59,7 @@ class MaskedLM:
         return {"tokens": ids, "probabilities": probabilities, "chosen": batch["target_mask"]}
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns for each chosen place of one text the likeliest tokens and their probabilities."""
+        """Return for each chosen place of one text the likeliest tokens and their probabilities."""
         masks = []
         for place in np.flatnonzero(output["chosen"]):
             words = [self._word(int(id)) for id in output["tokens"][place]]

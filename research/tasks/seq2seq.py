@@ -43,25 +43,25 @@ class Seq2Seq:
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Returns new float32 parameters; raises UserError if a feature is missing."""
+        """Return new float32 parameters; raise UserError if a feature is missing."""
         tokens.check(spec, ("input_ids", "decoder_input_ids", "targets", "target_mask"))
         return tokens.init(self.model, rng, spec, INPUTS)
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Returns the mean cross-entropy over the targets, in nats, with dropout, and the share predicted right."""
+        """Return the mean cross-entropy over the targets, in nats, with dropout, and the share predicted right."""
         means = self._score(params, batch, {"dropout": rng}, self.label_smoothing)
         return means["loss"], {"accuracy": means["accuracy"]}
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Returns "loss", without dropout or smoothing, and "accuracy"."""
+        """Return "loss", without dropout or smoothing, and "accuracy"."""
         return self._score(params, batch, {}, 0.0)
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Returns the "tokens" int32 [B, N] that `decoding` finds; padding follows the end token."""
+        """Return the "tokens" int32 [B, N] that `decoding` finds; padding follows the end token."""
         return {"tokens": generate(self.model, params, batch, self.decoding, self.tokenizer, rng)}
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns one output as text."""
+        """Return one output as text."""
         return {"prediction": completion(self.tokenizer, output["tokens"], self.decoding.stop)}
 
     def _score(

@@ -12,13 +12,13 @@ from research.task import Batch, Params, Spec
 
 
 def init(model: nn.Module, rng: jax.Array, spec: Spec, inputs: Sequence[str]) -> Params:
-    """Returns new float32 parameters of a model that is called with these features, None for those not in `spec`."""
+    """Return new float32 parameters of a model that is called with these features, None for those not in `spec`."""
     zeros = [jnp.zeros((1, *spec[name].shape[1:]), spec[name].dtype) if name in spec else None for name in inputs]
     return model.init(rng, *zeros)["params"]
 
 
 def check(spec: Spec, needed: Sequence[str], most: int | None = None) -> None:
-    """Raises UserError if a feature is missing, or if "input_ids" are longer than `most`, the model's positions."""
+    """Raise UserError if a feature is missing, or if "input_ids" are longer than `most`, the model's positions."""
     for name in needed:
         if name not in spec:
             raise UserError(f"config.data.features: '{name}' is missing{nearest(name, spec)}")
@@ -31,14 +31,14 @@ def check(spec: Spec, needed: Sequence[str], most: int | None = None) -> None:
 def hidden(
     model: nn.Module, params: Params, batch: Batch, inputs: Sequence[str], rngs: dict[str, jax.Array]
 ) -> jax.Array:
-    """Returns the hidden states [B, T, D] of a batch; the `inputs` that it lacks are None."""
+    """Return the hidden states [B, T, D] of a batch; the `inputs` that it lacks are None."""
     return jnp.asarray(
         model.apply({"params": params}, *[batch.get(name) for name in inputs], rngs=rngs, method="hidden")
     )
 
 
 def logits(model: nn.Module, params: Params, hidden: jax.Array) -> jax.Array:
-    """Returns the logits float32 [..., V] of hidden states [..., D]."""
+    """Return the logits float32 [..., V] of hidden states [..., D]."""
     return jnp.asarray(model.apply({"params": params}, hidden, method="logits"))
 
 
@@ -51,7 +51,7 @@ def score(
     chunk: int = 0,
     most: int | None = None,
 ) -> dict[str, Mean]:
-    """Returns the means over the targets that count: "loss", in nats, and "accuracy"; "bits_per_byte" where known.
+    """Return the means over the targets that count: "loss", in nats, and "accuracy"; "bits_per_byte" where known.
 
     Args:
       model: its method `logits` maps [..., D] to [..., V].
@@ -85,7 +85,7 @@ def score(
 
 
 def token_losses(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """Returns the cross-entropy of logits [..., V] with targets int [...], and whether the target is the likeliest."""
+    """Return the cross-entropy of logits [..., V] with targets int [...], and whether the target is the likeliest."""
     # The largest logit is compared with the target's, as an argmax over a vocabulary is slow on CPUs.
     largest = jax.lax.stop_gradient(logits.max(axis=-1))
     normaliser = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(axis=-1))
@@ -99,7 +99,7 @@ def token_losses(logits: jax.Array, targets: jax.Array, label_smoothing: float =
 def _in_chunks(
     sums: Callable[..., tuple[jax.Array, ...]], chunk: int, params: Params, *arrays: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Adds up `sums` over chunks of the arrays' second axis, each computed anew in the backward pass."""
+    """Add up `sums` over chunks of the arrays' second axis, each recomputed in the backward pass."""
     length = arrays[0].shape[1]
     if not chunk or chunk >= length:
         return sums(params, *arrays)

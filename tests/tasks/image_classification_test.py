@@ -247,7 +247,7 @@ def test_a_teacher_of_another_run_stays_as_it_is(teacher, tmp_path):
             r"config\.init: it is missing, and the parameters '\^teacher/' of Distillation",
         ),
         (lambda c: c.optimizer.update(freeze=()), r"config\.optimizer\.freeze: '\^teacher/' is missing"),
-        (lambda c: c.init.update(new=("",)), r"config\.init: it does not bring teacher/encoder/"),
+        (lambda c: c.init.update(new=("",)), r"config\.init: it lacks teacher/encoder/"),
     ],
 )
 def test_a_teacher_must_be_brought_and_kept(teacher, change, message, tmp_path):

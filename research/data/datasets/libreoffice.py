@@ -118,7 +118,7 @@ def _normalise(text: str) -> str:
 
 
 class _Paragraphs(html.parser.HTMLParser):
-    """Collects the text of every `<p id=...>`, the first of those of one id."""
+    """Collect the text of every `<p id=...>`, the first of those of one id."""
 
     def __init__(self) -> None:
         super().__init__()
