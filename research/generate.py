@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from research import sharding
 from research.build import locate
+from research.data import chat
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError, nearest
 from research.evaluate import restore_params
@@ -153,8 +154,10 @@ def _encode(
     prompt = settings.prefix + prompt if prompt else ""
     if messages is None and settings.chat:
         messages = [{"role": "user", "content": prompt}]
-    text = prompt if messages is None else tokenizer.chat(messages, add_generation_prompt=True)
-    ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    if messages is None:
+        ids = tokenizer.backend.encode(prompt, add_special_tokens=False).ids
+    else:
+        ids, _ = chat.encode(tokenizer, messages, add_generation_prompt=True)
     if not ids:
         raise UserError("the prompt is empty")
     if source:

@@ -1,5 +1,6 @@
 """Conversations as the examples of a causal language model that learns the answers only."""
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,10 +62,10 @@ class ChatTokens:
         messages = _messages(example, self.messages)
         if all(message["role"] != "assistant" for message in messages):
             return [example | self._question(messages)]
-        text, answers = answer_spans(self._tokenizer, messages)
-        encoding = self._tokenizer.backend.encode(text, add_special_tokens=False)
-        tokens = np.array(encoding.ids[: self.max_length + 1], np.int32)
-        begin, end = np.array(encoding.offsets[: self.max_length + 1], np.int64).reshape(-1, 2).T
+        answers = answer_spans(self._tokenizer, messages)
+        ids, offsets = encode(self._tokenizer, messages)
+        tokens = np.array(ids[: self.max_length + 1], np.int32)
+        begin, end = np.array(offsets[: self.max_length + 1], np.int64).reshape(-1, 2).T
         learnt = np.zeros(len(tokens), bool)
         for first, last in answers:
             learnt |= (end > first) & (begin < last)
@@ -74,16 +75,52 @@ class ChatTokens:
         return [example | made | {"attention_mask": np.ones(len(tokens) - 1, np.int32)}]
 
     def _question(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        text = self._tokenizer.chat(messages, add_generation_prompt=True)
-        ids = self._tokenizer.backend.encode(text, add_special_tokens=False).ids[-self.max_length :]
+        ids = encode(self._tokenizer, messages, add_generation_prompt=True)[0][-self.max_length :]
         return {"input_ids": np.array(ids, np.int32), "attention_mask": np.ones(len(ids), np.int32)}
 
 
-def answer_spans(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation.
+def encode(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encode a conversation as a model reads it.
+
+    Special tokens of the template become tokens; those in a message are encoded as text, so that nobody can end a turn
+    by typing its end.
 
     Returns:
-      the text, and where in it, in characters, each answer begins and ends, with what marks its end.
+      the ids, and where each stands in `tokenizer.chat(messages)`, in characters.
+    """
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    start = 0
+    for text, typed in _parts(tokenizer, messages, add_generation_prompt):
+        backend = tokenizer.literal_backend if typed else tokenizer.backend
+        encoding = backend.encode(text, add_special_tokens=False)
+        ids += encoding.ids
+        offsets += [(start + begin, start + end) for begin, end in encoding.offsets]
+        start += len(text)
+    return ids, offsets
+
+
+def _parts(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+) -> list[tuple[str, bool]]:
+    """Return the text of a conversation in parts, and whether each is a special token that stands in a message."""
+    contents = "".join(message["content"] for message in messages)
+    special = "|".join(re.escape(token) for token in sorted(tokenizer.special_tokens, key=len, reverse=True))
+    if not special or not re.search(special, contents):
+        return [(tokenizer.chat(messages, add_generation_prompt), False)]
+    mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in contents)  # for private use
+    marked = [
+        {**message, "content": re.sub(special, lambda found: f"{mark}{found[0]}{mark}", message["content"])}
+        for message in messages
+    ]
+    parts = tokenizer.chat(marked, add_generation_prompt).split(mark)
+    return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+
+
+def answer_spans(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Return where in the text of a conversation, in characters, each answer begins and ends, with what marks its end.
 
     Raises:
       UserError: the template renders a turn in another way when more follow, so that answers cannot be found.
@@ -103,7 +140,7 @@ def answer_spans(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) ->
         if marked.endswith(message["content"].rstrip()):  # nothing else marks the end
             marked = answer
         spans.append((len(before), len(before) + len(marked)))
-    return text, spans
+    return spans
 
 
 def _messages(example: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:

@@ -97,6 +97,19 @@ class Tokenizer:
         return frozenset(id for id, token in added.items() if token.special) | {self.pad_id}
 
     @functools.cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The special tokens, as they are written."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    @functools.cached_property
+    def literal_backend(self) -> tokenizers.Tokenizer:
+        """One that encodes the text of special tokens like any other text."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    @functools.cached_property
     def sentinels(self) -> tuple[int, ...]:
         """The ids of <extra_id_0>, <extra_id_1>, ..., which stand for what span corruption takes out."""
         found: list[int] = []
