@@ -15,7 +15,7 @@ test-slow: $(VENV)/installed-test    ## the same checks on more cases
 	$(RUN) -m pytest -n 2 --dist worksteal -q -m slow
 
 CORE = $(addprefix tests/,build_test.py checkpoint_test.py experiment_test.py main_test.py optimizer_test.py \
-	resume_test.py sharding_test.py step_test.py train_test.py data/dataset_test.py data/source_test.py models generation)
+	resume_test.py sharding_test.py step_test.py train_test.py data/dataset_test.py data/source_test.py models)
 test-core: $(VENV)/installed-test    ## what another version of Python or JAX is most likely to break
 	$(RUN) -m pytest -n 2 --dist worksteal -q $(CORE)
 
