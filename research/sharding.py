@@ -145,6 +145,13 @@ def over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
+def platform() -> str:
+    """Return what is compiled for, "cpu", "gpu" or "tpu": the mesh of `over`'s, else that of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Return `x` with each dimension split over the mesh as its logical name says; the identity on one device.
 

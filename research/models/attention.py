@@ -1,39 +1,184 @@
-"""Attention and its masks.
+"""Attention: what may attend to what, and the ways to compute it.
 
 Shape letters as in `layers`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from research.errors import UserError
-from research.models.layers import Dense, Dropout, Initializer, product
+from research.errors import UserError, nearest
+from research.models import kernels
+from research.models.layers import Dense, Dropout, Initializer, drop, product
 from research.models.positions import rotate
+from research.sharding import constrain, platform
+
+# Scores of a head that exist at once in `chunked`, at most, and the length from which "auto" prefers it to "xla": on two
+# CPU cores both take the same time from there on, and all scores of 32 heads of 2,048 tokens take half a gigabyte.
+BLOCK, LONG = 2**19, 2048
 
 
-def attention(
+class DropWeights(NamedTuple):
+    """Dropout of attention weights: the share that is dropped, and the key that decides which."""
+
+    rate: float
+    key: jax.Array
+
+
+@flax.struct.dataclass
+class Structure:
+    """What may attend to what, without a mask of all pairs.
+
+    Attributes:
+      queries_BxT: document numbers of the queries, int; None where keys have none.
+      keys_BxS: document numbers of the keys, 0 at padding: a query attends to the keys of its own number. A document's
+        tokens stand side by side. None: one document and no padding.
+      start: where the first query stands among the keys, int32; None where queries and keys begin together.
+      causal: whether queries attend to no later key.
+      window: queries attend to the last `window` keys only, their own included; None for all.
+      packed: whether rows may hold several documents, or padding that comes first. Where they may not, kernels that
+        know nothing but a row's length serve, and make rows that do NaN.
+    """
+
+    queries_BxT: jax.Array | None = None
+    keys_BxS: jax.Array | None = None
+    start: jax.Array | None = None
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    packed: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def mask(self, length: int, size: int) -> jax.Array | None:
+        """Return which of `size` keys each of `length` queries may attend to, bool broadcastable to [B, H, T, S].
+
+        None where all may attend to all.
+        """
+        mask: jax.Array | None = None
+        start = 0 if self.start is None else self.start
+        queries_Tx1, keys_1xS = start + jnp.arange(length)[:, None], jnp.arange(size)[None]
+        if self.causal:
+            mask = (keys_1xS <= queries_Tx1)[None, None]
+        if self.window is not None:
+            near = (keys_1xS > queries_Tx1 - self.window)[None, None]
+            mask = near if mask is None else mask & near
+        if self.keys_BxS is not None and self.queries_BxT is not None:
+            same_BxTxS = self.queries_BxT[:, :, None] == self.keys_BxS[:, None, :]
+            known = (same_BxTxS & (self.keys_BxS != 0)[:, None, :])[:, None]
+            mask = known if mask is None else known & mask
+        return mask
+
+    @classmethod
+    def within(
+        cls,
+        numbers_BxS: jax.Array | None,
+        length: int,
+        *,
+        causal: bool,
+        index: jax.Array | None = None,
+        window: int | None = None,
+        packed: bool = False,
+    ) -> "Structure":
+        """Return the structure of a sequence that attends to itself, or to the cache that it is written to.
+
+        Args:
+          numbers_BxS: the keys' document numbers; None for one document without padding.
+          length: T, how many of the keys are queries.
+          causal: as above.
+          index: where the first query stands in the cache; None where there is none.
+          window: as above.
+          packed: as above.
+        """
+        queries = numbers_BxS
+        if numbers_BxS is not None and index is not None:
+            queries = jax.lax.dynamic_slice_in_dim(numbers_BxS, index, length, 1)
+        return cls(queries, numbers_BxS, index, causal, window, packed)
+
+
+EVERYTHING = Structure()
+
+
+def attend(
+    query_BxTxHxK: jax.Array,
+    key_BxSxGxK: jax.Array,
+    value_BxSxGxK: jax.Array,
+    structure: Structure = EVERYTHING,
+    *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    dropout: DropWeights | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Return what queries find, [B, T, H, K] in their dtype; see `xla` for the function that is computed.
+
+    Args:
+      query_BxTxHxK: queries; H is a multiple of G, and head h attends to the keys and values of group h // (H / G).
+      key_BxSxGxK: keys.
+      value_BxSxGxK: values.
+      structure: what may attend to what. What a query finds that may attend to nothing is arbitrary.
+      bias: added to the scaled scores, broadcastable to [B, H, T, S].
+      scale: what scores are multiplied by; K ** -0.5 where it is None.
+      dropout: of the weights; None for none.
+      implementation: "xla"; "chunked": the same for a few queries at a time, so that memory grows with the length and
+        not with its square; "cudnn", on GPUs, and "splash", on TPUs: kernels; "auto" chooses.
+
+    Raises:
+      UserError: the implementation cannot compute this; the message says why.
+    """
+    scale = query_BxTxHxK.shape[-1] ** -0.5 if scale is None else scale
+    operands = query_BxTxHxK, key_BxSxGxK, value_BxSxGxK
+    if implementation == "auto":
+        implementation = choose(operands, structure, bias, dropout)
+    elif implementation not in IMPLEMENTATIONS:
+        raise UserError(f"attention: unknown implementation '{implementation}'{nearest(implementation, NAMES)}")
+    elif (why := obstacle(implementation, operands, structure, bias, dropout)) is not None:
+        raise UserError(f"attention: '{implementation}' {why}; 'auto' chooses one that can")
+    return IMPLEMENTATIONS[implementation](*operands, structure, bias, scale, dropout)
+
+
+Operands = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def choose(operands: Operands, structure: Structure, bias: jax.Array | None, dropout: DropWeights | None) -> str:
+    """Return the implementation that is best on the platform: its kernel where that serves and pays."""
+    kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform())
+    if kernel and obstacle(kernel, operands, structure, bias, dropout) is None:
+        return kernel
+    query, key, _ = operands
+    return "chunked" if query.shape[1] >= BLOCK // key.shape[1] and key.shape[1] >= LONG else "xla"
+
+
+def obstacle(
+    implementation: str,
+    operands: Operands,
+    structure: Structure,
+    bias: jax.Array | None,
+    dropout: DropWeights | None,
+) -> str | None:
+    """Return why an implementation cannot compute this, or None."""
+    if implementation in ("xla", "chunked"):
+        return None
+    if dropout is not None:
+        return "has no dropout of attention weights"
+    if structure.start is not None:
+        return "has no cache of keys and values"
+    return (kernels.cudnn_obstacle if implementation == "cudnn" else kernels.splash_obstacle)(
+        *operands, structure, bias, platform()
+    )
+
+
+def xla(
     query_BxTxHxK: jax.Array,
     key_BxSxGxK: jax.Array,
     value_BxSxGxK: jax.Array,
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
-    drop: Callable[[jax.Array], jax.Array] | None = None,
+    drop_weights: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention (Vaswani 2017, section 3.2.1), with grouped heads (Ainslie 2023).
-
-    Args:
-      query_BxTxHxK: queries; H is a multiple of G, and head h attends to the keys and values of group h // (H / G).
-      key_BxSxGxK: keys.
-      value_BxSxGxK: values.
-      mask: bool, broadcastable to [B, H, T, S]; False where attention is forbidden.
-      bias: added to the scaled scores, broadcastable to [B, H, T, S].
-      scale: what scores are multiplied by; K ** -0.5 where it is None.
-      drop: dropout for the attention weights.
 
     Returns:
       outputs [B, T, H, K] in the queries' dtype and the weights [B, H, T, S] in float32, before dropout.
@@ -47,7 +192,7 @@ def attention(
         # The lowest finite number, not -inf: a row that may attend to nothing stays finite.
         scores_BxHxTxS = jnp.where(mask, scores_BxHxTxS, jnp.finfo(jnp.float32).min)
     weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1)
-    dropped_BxHxTxS = drop(weights_BxHxTxS) if drop else weights_BxHxTxS
+    dropped_BxHxTxS = drop_weights(weights_BxHxTxS) if drop_weights else weights_BxHxTxS
     outputs_BxTxHxK = _grouped("BHTS,BSHK->BTHK", dropped_BxHxTxS.astype(value_BxSxGxK.dtype), value_BxSxGxK)
     return outputs_BxTxHxK, weights_BxHxTxS
 
@@ -69,42 +214,86 @@ def _grouped(
     return output.reshape(*output.shape[:axis], heads, *output.shape[axis + 2 :])
 
 
-def attention_mask(
-    numbers_BxS: jax.Array | None,
-    length: int,
-    *,
-    causal: bool,
-    index: jax.Array | int = 0,
-    window: int | None = None,
-) -> jax.Array | None:
-    """Return which keys each query may attend to, bool broadcastable to [B, 1, T, S], or None where all may to all.
-
-    Args:
-      numbers_BxS: 0 at padding; queries attend to keys of their own number only, so that documents that are packed into
-        one row, numbered 1, 2, ..., stay apart.
-      length: T.
-      causal: whether queries attend to no later key.
-      index: where the first query stands among the keys.
-      window: queries attend to the last `window` keys only, their own included; None for all.
-    """
-    keys = length if numbers_BxS is None else numbers_BxS.shape[1]
-    queries_Tx1, keys_1xS = index + jnp.arange(length)[:, None], jnp.arange(keys)[None]
-    mask = None
-    if causal:
-        mask = (keys_1xS <= queries_Tx1)[None, None]
-    if window is not None:
-        mask = (keys_1xS > queries_Tx1 - window)[None, None] & (True if mask is None else mask)
-    if numbers_BxS is None:
-        return mask
-    return between(jax.lax.dynamic_slice_in_dim(numbers_BxS, index, length, 1), numbers_BxS) & (
-        True if mask is None else mask
-    )
+def _whole(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    structure: Structure,
+    bias: jax.Array | None,
+    scale: float,
+    dropout: DropWeights | None,
+) -> jax.Array:
+    mask = structure.mask(query.shape[1], key.shape[1])
+    return xla(query, key, value, mask, bias, scale, _dropped(dropout, query.shape[1], 0))[0]
 
 
-def between(queries_BxT: jax.Array, keys_BxS: jax.Array) -> jax.Array:
-    """Return where a query and a key are of the same document and the key is no padding, bool [B, 1, T, S]."""
-    same_BxTxS = queries_BxT[:, :, None] == keys_BxS[:, None, :]
-    return (same_BxTxS & (keys_BxS != 0)[:, None, :])[:, None]
+def chunked(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    structure: Structure,
+    bias: jax.Array | None,
+    scale: float,
+    dropout: DropWeights | None,
+) -> jax.Array:
+    """Compute `xla` for a block of queries at a time, in the backward pass again (Rabe 2021, section 2)."""
+    length, size = query.shape[1], key.shape[1]
+    block = max(min(BLOCK // size, length), 1)
+    count = -(-length // block)
+    # In float32 so that the blocks' gradients are added in it.
+    key_32, value_32 = key.astype(jnp.float32), value.astype(jnp.float32)
+    first = jnp.zeros((), jnp.int32) if structure.start is None else structure.start
+
+    def blocks(x: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, count * block - length if i == axis else 0) for i in range(x.ndim)]
+        split = jnp.pad(x, widths).reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :])
+        return jnp.moveaxis(split, axis, 0)
+
+    @jax.checkpoint
+    def one(part: tuple) -> jax.Array:
+        index, queries, numbers, biases = part
+        rows = structure.replace(queries_BxT=numbers, start=first + index * block)
+        keys, values = key_32.astype(key.dtype), value_32.astype(value.dtype)
+        mask, drop_weights = rows.mask(block, size), _dropped(dropout, length, index * block)
+        return xla(queries, keys, values, mask, biases if whole is None else whole, scale, drop_weights)[0]
+
+    numbers = None if structure.queries_BxT is None else blocks(structure.queries_BxT, 1)
+    whole = bias if bias is None or bias.shape[2] == 1 else None
+    biases = blocks(bias, 2) if bias is not None and whole is None else None
+    outputs = jax.lax.map(one, (jnp.arange(count), blocks(query, 1), numbers, biases))
+    return jnp.moveaxis(outputs, 0, 1).reshape(query.shape[0], count * block, *query.shape[2:])[:, :length]
+
+
+def _dropped(dropout: DropWeights | None, length: int, start: jax.Array | int) -> Callable | None:
+    """Return the dropout of the weights of queries from `start` on, the same as if all `length` were there."""
+    if dropout is None:
+        return None
+
+    def apply(weights_BxHxTxS: jax.Array) -> jax.Array:
+        batch, heads, queries, size = (
+            jax.lax.broadcasted_iota(jnp.uint32, weights_BxHxTxS.shape, axis) for axis in range(4)
+        )
+        rows = (batch * weights_BxHxTxS.shape[1] + heads) * jnp.uint32(length) + queries + jnp.uint32(start)
+        return drop(weights_BxHxTxS, dropout.key, dropout.rate, rows * jnp.uint32(weights_BxHxTxS.shape[3]) + size)
+
+    return apply
+
+
+def _cudnn(*args: Any) -> jax.Array:
+    return kernels.cudnn(*args[:-1])
+
+
+def _splash(*args: Any) -> jax.Array:
+    return kernels.splash(*args[:-1])
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _whole,
+    "chunked": chunked,
+    "cudnn": _cudnn,
+    "splash": _splash,
+}
+NAMES = ("auto", *IMPLEMENTATIONS)
 
 
 class CacheIndex(nn.Module):
@@ -131,12 +320,13 @@ class Attention(nn.Module):
       use_bias: of the projections to queries, keys and values.
       out_bias: of the projection of the result.
       query_key_norm: makes the norm of each head's queries and keys (Henry 2020); None leaves them.
-      scale: see `attention`.
+      scale: see `attend`.
       dropout: on the attention weights.
       dtype: of the products.
       kernel_init: of the kernels.
       query_init: of the queries' kernel, where it is another one.
       out_init: of the last kernel, where it is another one.
+      implementation: see `attend`.
     """
 
     num_heads: int
@@ -151,12 +341,13 @@ class Attention(nn.Module):
     kernel_init: Initializer = nn.initializers.normal(0.02)
     query_init: Initializer | None = None
     out_init: Initializer | None = None
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(
         self,
         x_BxTxD: jax.Array,
-        mask: jax.Array | None = None,
+        structure: Structure = EVERYTHING,
         *,
         bias: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
@@ -165,12 +356,14 @@ class Attention(nn.Module):
         source_position_BxSxD: jax.Array | None = None,
         index: jax.Array | None = None,
     ) -> jax.Array:
-        """Map [B, T, D] to [B, T, D]; sows the weights [B, H, T, S] as intermediates.
+        """Map [B, T, D] to [B, T, D].
+
+        Where `apply` lets "intermediates" change, the weights [B, H, T, S] are sown in it, and computed by `xla`.
 
         Args:
           x_BxTxD: what asks, and is attended to unless there is a `source_BxSxD`.
-          mask: see `attention`.
-          bias: see `attention`.
+          structure: see `attend`.
+          bias: see `attend`.
           rotary: sine and cosine, see `rotary_angles`.
           position_BxTxD: added to what queries and keys are made from, and not to what values are (Carion 2020).
           source_BxSxD: what is attended to instead (cross-attention).
@@ -209,12 +402,30 @@ class Attention(nn.Module):
         elif source_BxSxD is not None:
             key, value = self._kept(keys_and_values)
         else:
-            key, value = self._appended(*keys_and_values(), index, length if mask is None else mask.shape[-1])
-        drop = Dropout(self.dropout, name="dropout")
-        outputs_BxTxHxK, weights_BxHxTxS = attention(query_BxTxHxK, key, value, mask, bias, self.scale, drop)
-        self.sow("intermediates", "weights", weights_BxHxTxS)
+            size = length if structure.keys_BxS is None else structure.keys_BxS.shape[1]
+            key, value = self._appended(*keys_and_values(), index, size)
+        outputs_BxTxHxK = self._attend(query_BxTxHxK, key, value, structure, bias)
         out = Dense(width, self.out_bias, self.dtype, self.out_init or self.kernel_init, name="out")
         return out(outputs_BxTxHxK.reshape(batch, length, heads * head_width))
+
+    def _attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, structure: Structure, bias: jax.Array | None
+    ) -> jax.Array:
+        rng = Dropout(self.dropout, name="dropout").key()
+        dropout = None if rng is None else DropWeights(self.dropout, rng)
+        if not self.is_mutable_collection("intermediates"):
+            return attend(
+                *(constrain(x, "batch", "length", "heads") for x in (query, key, value)),
+                structure,
+                bias=bias,
+                scale=self.scale,
+                dropout=dropout,
+                implementation=self.implementation,
+            )
+        mask, drop_weights = structure.mask(query.shape[1], key.shape[1]), _dropped(dropout, query.shape[1], 0)
+        outputs, weights_BxHxTxS = xla(query, key, value, mask, bias, self.scale, drop_weights)
+        self.sow("intermediates", "weights", weights_BxHxTxS)
+        return outputs
 
     def _kept(self, make: Callable[[], tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
         """Return keys and values of another sequence, which are computed the first time only."""

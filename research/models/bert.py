@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from research.models import layers
-from research.models.attention import Attention, attention_mask
+from research.models.attention import Attention, Structure
 from research.models.blocks import Block, stack
 from research.models.positions import sinusoids
 
@@ -87,6 +87,7 @@ class Encoder(nn.Module):
       dtype: what matrix products are computed in; parameters stay float32.
       unroll: layers that the compiler sees at once; None chooses by platform and depth.
       remat: what the backward pass recomputes: see `blocks.REMAT`.
+      attention: how attention is computed: see `attention.attend`.
     """
 
     vocab_size: int = 30522
@@ -106,6 +107,7 @@ class Encoder(nn.Module):
     dtype: str = "float32"
     unroll: int | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     def setup(self):
         """Make the embeddings and a block."""
@@ -124,7 +126,13 @@ class Encoder(nn.Module):
         )
         shared: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init}
         self.layers = Block(
-            attention=functools.partial(Attention, self.num_heads, dropout=self.attention_dropout, **shared),
+            attention=functools.partial(
+                Attention,
+                self.num_heads,
+                dropout=self.attention_dropout,
+                implementation=self.attention,
+                **shared,
+            ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, **shared),
             norm=functools.partial(layers.LayerNorm, self.layer_norm_epsilon, dtype=dtype),
             norm_first=False,
@@ -145,8 +153,10 @@ class Encoder(nn.Module):
         None, all attend to all.
         """
         x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, positions_BxT)
-        mask = attention_mask(attention_mask_BxT, input_ids_BxT.shape[1], causal=False)
-        return stack(self.layers, self.num_layers, x_BxTxD, mask=mask, unroll=self.unroll, remat=self.remat)
+        structure = Structure.within(
+            attention_mask_BxT, input_ids_BxT.shape[1], causal=False, packed=positions_BxT is not None
+        )
+        return stack(self.layers, self.num_layers, x_BxTxD, structure=structure, unroll=self.unroll, remat=self.remat)
 
     def _sinusoids(self, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
         """Initialise positions such that those at any one distance are the same rotation apart."""

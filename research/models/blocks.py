@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError, nearest
+from research.models.attention import EVERYTHING, Structure
 from research.models.layers import Dropout, DropPath
-from research.sharding import constrain
+from research.sharding import constrain, platform
 
 
 class Block(nn.Module):
@@ -42,19 +43,19 @@ class Block(nn.Module):
         self,
         x_BxTxD: jax.Array,
         *,
-        mask: jax.Array | None = None,
+        structure: Structure = EVERYTHING,
         bias: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
         position_BxTxD: jax.Array | None = None,
         source_BxSxD: jax.Array | None = None,
-        source_mask: jax.Array | None = None,
+        source_structure: Structure = EVERYTHING,
         source_position_BxSxD: jax.Array | None = None,
         index: jax.Array | None = None,
         depth: jax.Array | None = None,
     ) -> jax.Array:
         """Map [B, T, D] to [B, T, D].
 
-        `mask` to `index` are those of `Attention`; `depth` goes from 0 at the first block to 1 at the last.
+        `structure` to `index` are those of `Attention`; `depth` goes from 0 at the first block to 1 at the last.
         """
 
         def add(x: jax.Array, part: nn.Module, **context: Any) -> jax.Array:
@@ -70,11 +71,11 @@ class Block(nn.Module):
             return x if self.norm_first else norm(x)
 
         shared = {"position_BxTxD": position_BxTxD, "index": index}
-        own = {"mask": mask, "bias": bias, "rotary": rotary}
+        own = {"structure": structure, "bias": bias, "rotary": rotary}
         x_BxTxD = add(x_BxTxD, self.attention(name="attention"), **own, **shared)
         if source_BxSxD is not None:
             source = {"source_BxSxD": source_BxSxD, "source_position_BxSxD": source_position_BxSxD}
-            x_BxTxD = add(x_BxTxD, self.attention(name="cross_attention"), mask=source_mask, **source, **shared)
+            x_BxTxD = add(x_BxTxD, self.attention(name="cross_attention"), structure=source_structure, **source, **shared)
         return add(x_BxTxD, self.mlp(name="mlp"))
 
 
@@ -104,7 +105,7 @@ def default_unroll(num_layers: int) -> int:
 
     On an H200 a scan of GPT-2's twelve blocks cost 36 % of a step; elsewhere it costs little and saves compilation.
     """
-    return min(num_layers, MOST_UNROLLED) if jax.default_backend() == "gpu" else 1
+    return min(num_layers, MOST_UNROLLED) if platform() == "gpu" else 1
 
 
 def stack(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.models import layers
-from research.models.attention import Attention
+from research.models.attention import Attention, Structure
 from research.models.blocks import Block, every_output, stack
 from research.models.resnet import ResNet, shrink
 
@@ -49,13 +49,13 @@ class Encoder(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x_BxSxD: jax.Array, mask: jax.Array, position_BxSxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxSxD: jax.Array, structure: Structure, position_BxSxD: jax.Array) -> jax.Array:
         """Map [B, S, D] to [B, S, D]; positions are added to the queries and keys of every layer."""
         return stack(
             self.block(name="layers"),
             self.num_layers,
             x_BxSxD,
-            mask=mask,
+            structure=structure,
             position_BxTxD=position_BxSxD,
             unroll=self.unroll,
             remat=self.remat,
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, query_QxD: jax.Array, source_BxSxD: jax.Array, source_mask: jax.Array, source_position_BxSxD: jax.Array
+        self, query_QxD: jax.Array, source_BxSxD: jax.Array, source_structure: Structure, source_position_BxSxD: jax.Array
     ) -> jax.Array:
         """Return the normalised outputs of all layers, [L, B, Q, D].
 
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
             jnp.zeros(shape, source_BxSxD.dtype),
             position_BxTxD=jnp.broadcast_to(query_QxD, shape),
             source_BxSxD=source_BxSxD,
-            source_mask=source_mask,
+            source_structure=source_structure,
             source_position_BxSxD=source_position_BxSxD,
             unroll=self.unroll,
             remat=self.remat,
@@ -131,6 +131,7 @@ class Detr(nn.Module):
       dtype: what products are computed in, those of the backbone too; parameters and heads stay float32.
       unroll: layers that the compiler sees at once; None chooses by platform and depth.
       remat: what the backward pass recomputes: see `blocks.REMAT`.
+      attention: how attention is computed: see `attention.attend`.
     """
 
     backbone: ResNet
@@ -152,6 +153,7 @@ class Detr(nn.Module):
     dtype: str = "float32"
     unroll: int | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     inputs: ClassVar[tuple[str, ...]] = ("image", "pixel_mask")
 
@@ -162,7 +164,12 @@ class Detr(nn.Module):
 
         def block(heads: int, width: int) -> Callable[..., nn.Module]:
             attention = functools.partial(
-                Attention, heads, dropout=self.attention_dropout, dtype=dtype, kernel_init=init
+                Attention,
+                heads,
+                dropout=self.attention_dropout,
+                dtype=dtype,
+                kernel_init=init,
+                implementation=self.attention,
             )
             mlp = functools.partial(
                 layers.MLP, width, self.activation, dropout=self.activation_dropout, dtype=dtype, kernel_init=init
@@ -205,10 +212,15 @@ class Detr(nn.Module):
         mask_Bxhxw = shrink(pixel_mask_BxHxW, (height, width))
         mask_Bxhxw = jnp.ones((batch, height, width)) if mask_Bxhxw is None else mask_Bxhxw
         position_BxSxD = sinusoids(mask_Bxhxw, self.hidden_size).reshape(batch, height * width, self.hidden_size)
-        mask = mask_Bxhxw.reshape(batch, 1, 1, height * width) != 0
+        places_BxS = (mask_Bxhxw.reshape(batch, height * width) != 0).astype(jnp.int32)
+
+        def to_places(count: int) -> Structure:
+            return Structure(jnp.ones((batch, count), jnp.int32), places_BxS, packed=True)
+
         x_BxSxD = self.projection(map_BxhxwxE.reshape(batch, height * width, -1))
         if self.input_positions:
             x_BxSxD += position_BxSxD.astype(x_BxSxD.dtype)
-        x_BxSxD = self.encoder(x_BxSxD, mask, position_BxSxD)
-        hidden_LxBxQxD = self.decoder(self.queries, x_BxSxD, mask, position_BxSxD).astype(jnp.float32)
+        x_BxSxD = self.encoder(x_BxSxD, to_places(height * width), position_BxSxD)
+        source_structure = to_places(self.num_queries)
+        hidden_LxBxQxD = self.decoder(self.queries, x_BxSxD, source_structure, position_BxSxD).astype(jnp.float32)
         return self.class_head(hidden_LxBxQxD), self.box_head(hidden_LxBxQxD)

@@ -113,6 +113,7 @@ class DiT(nn.Module):
       dtype: what matrix products are computed in; parameters stay float32.
       unroll: layers that the compiler sees at once; None chooses by platform and depth.
       remat: what the backward pass recomputes: see `blocks.REMAT`.
+      attention: how attention is computed: see `attention.attend`.
     """
 
     image_size: int = 32
@@ -131,6 +132,7 @@ class DiT(nn.Module):
     dtype: str = "float32"
     unroll: int | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -171,6 +173,7 @@ class DiT(nn.Module):
             dtype=dtype,
             kernel_init=_ONE_OF_THREE,
             out_init=_XAVIER,
+            implementation=self.attention,
         )
         mlp = functools.partial(
             layers.MLP, self.intermediate_size, self.activation, dropout=self.dropout, dtype=dtype, kernel_init=_XAVIER

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError, nearest
 from research.models import layers
-from research.models.attention import Attention, CacheIndex, attention_mask, between
+from research.models.attention import EVERYTHING, Attention, CacheIndex, Structure
 from research.models.blocks import Block, stack
 from research.models.positions import RelativeBias, positions, sinusoids
 
@@ -47,12 +47,13 @@ class Stack(nn.Module):
         numbers_BxS: jax.Array | None,
         *,
         source_BxSxD: jax.Array | None = None,
-        source_mask: jax.Array | None = None,
+        source_structure: Structure = EVERYTHING,
         index: jax.Array | None = None,
+        packed: bool = False,
     ) -> jax.Array:
-        """Map [B, T, D] to [B, T, D]; see `attention.attention_mask` for `numbers_BxS` and `index`."""
+        """Map [B, T, D] to [B, T, D]; see `attention.Structure.within` for `numbers_BxS`, `index` and `packed`."""
         length, start = x_BxTxD.shape[1], 0 if index is None else index
-        mask = attention_mask(numbers_BxS, length, causal=self.causal, index=start)
+        structure = Structure.within(numbers_BxS, length, causal=self.causal, index=index, packed=packed)
         bias = None
         if self.relative_bias:
             keys = length if numbers_BxS is None else numbers_BxS.shape[1]
@@ -61,10 +62,10 @@ class Stack(nn.Module):
             self.block(name="layers"),
             self.num_layers,
             layers.Dropout(self.dropout, name="dropout")(x_BxTxD),
-            mask=mask,
+            structure=structure,
             bias=bias,
             source_BxSxD=source_BxSxD,
-            source_mask=source_mask,
+            source_structure=source_structure,
             index=index,
             unroll=self.unroll,
             remat=self.remat,
@@ -106,6 +107,7 @@ class EncoderDecoder(nn.Module):
       dtype: what matrix products are computed in; parameters stay float32.
       unroll: layers that the compiler sees at once; None chooses by platform and depth.
       remat: what the backward pass recomputes: see `blocks.REMAT`.
+      attention: how attention is computed: see `attention.attend`.
     """
 
     vocab_size: int = 37000
@@ -135,6 +137,7 @@ class EncoderDecoder(nn.Module):
     dtype: str = "float32"
     unroll: int | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     def setup(self):
         """Make the word table, both stacks and the output layer."""
@@ -164,6 +167,7 @@ class EncoderDecoder(nn.Module):
                     out_bias=self.use_bias,
                     scale=1.0 if relative else None,
                     dropout=self.attention_dropout,
+                    implementation=self.attention,
                     query_init=query_init,
                     **shared,
                 ),
@@ -226,9 +230,9 @@ class EncoderDecoder(nn.Module):
         attention_mask_BxS: jax.Array | None = None,
         positions_BxS: jax.Array | None = None,
     ) -> jax.Array:
-        """Map token ids int32 [B, S] to [B, S, D]; see `attention.attention_mask` for the numbers in the mask."""
+        """Map token ids int32 [B, S] to [B, S, D]; see `attention.Structure` for the numbers in the mask."""
         x_BxSxD = self._embed(input_ids_BxS, attention_mask_BxS, positions_BxS, 0)
-        return self.encoder(x_BxSxD, attention_mask_BxS)
+        return self.encoder(x_BxSxD, attention_mask_BxS, packed=positions_BxS is not None)
 
     def decode(
         self,
@@ -254,18 +258,19 @@ class EncoderDecoder(nn.Module):
         index = self.cache_index(length)
         start = 0 if index is None else index
         x_BxTxD = self._embed(decoder_input_ids_BxT, decoder_attention_mask_BxT, decoder_positions_BxT, start)
-        source_mask = None
+        source, packed = EVERYTHING, decoder_positions_BxT is not None
         if attention_mask_BxS is not None:
             numbers_BxT = jnp.ones(decoder_input_ids_BxT.shape, attention_mask_BxS.dtype)
             if decoder_attention_mask_BxT is not None:
                 numbers_BxT = jax.lax.dynamic_slice_in_dim(decoder_attention_mask_BxT, start, length, 1)
-            source_mask = between(numbers_BxT, attention_mask_BxS)
+            source = Structure(numbers_BxT, attention_mask_BxS, packed=packed)
         return self.decoder(
             x_BxTxD,
             decoder_attention_mask_BxT,
             source_BxSxD=encoded_BxSxD,
-            source_mask=source_mask,
+            source_structure=source,
             index=index,
+            packed=packed,
         )
 
     def hidden(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError, nearest
 from research.models import layers
-from research.models.attention import Attention, CacheIndex, attention_mask
+from research.models.attention import Attention, CacheIndex, Structure
 from research.models.blocks import Block, stack
 from research.models.positions import positions, rotary_angles
 
@@ -54,6 +54,7 @@ class Decoder(nn.Module):
       dtype: what matrix products are computed in; parameters stay float32.
       unroll: layers that the compiler sees at once; None chooses by platform and depth.
       remat: what the backward pass recomputes: see `blocks.REMAT`.
+      attention: how attention is computed: see `attention.attend`.
     """
 
     vocab_size: int = 50257
@@ -84,6 +85,7 @@ class Decoder(nn.Module):
     dtype: str = "float32"
     unroll: int | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     def setup(self):
         """Make the embeddings, a block, the last norm and the output layer."""
@@ -114,6 +116,7 @@ class Decoder(nn.Module):
                 self.out_bias,
                 norm if self.query_key_norm else None,
                 dropout=self.attention_dropout,
+                implementation=self.attention,
                 **shared,
             ),
             mlp=functools.partial(
@@ -150,15 +153,23 @@ class Decoder(nn.Module):
         Args:
           input_ids_BxT: tokens.
           attention_mask_BxS: 0 at padding, which may come first or last; tokens attend to earlier ones of their own
-            number, see `attention_mask`. S is T, or the size of the cache, where the places of tokens that are
+            number, see `attention.Structure`. S is T, or the size of the cache, where the places of tokens that are
             still to come hold 1 already.
-          positions_BxT: positions; where they are None tokens are counted, but for padding.
+          positions_BxT: positions, without which rows hold one document, and padding after it; where they are None tokens
+            are counted, but for padding.
         """
         length = input_ids_BxT.shape[1]
         index = self.cache_index(length)
-        start = 0 if index is None else index
+        structure = Structure.within(
+            attention_mask_BxS,
+            length,
+            causal=True,
+            index=index,
+            window=self.sliding_window,
+            packed=positions_BxT is not None,
+        )
         if positions_BxT is None:
-            positions_BxT = positions(attention_mask_BxS, input_ids_BxT.shape, start)
+            positions_BxT = positions(attention_mask_BxS, input_ids_BxT.shape, 0 if index is None else index)
         x_BxTxD = self.word(input_ids_BxT) * jnp.asarray(self.embedding_scale, self.dtype)
         rotary = None
         if self.positions == "learned":
@@ -166,12 +177,11 @@ class Decoder(nn.Module):
         else:
             width = self.head_width or self.hidden_size // self.num_heads
             rotary = rotary_angles(positions_BxT, width, self.rope_theta, self.rope_scaling)
-        mask = attention_mask(attention_mask_BxS, length, causal=True, index=start, window=self.sliding_window)
         x_BxTxD = stack(
             self.layers,
             self.num_layers,
             self.drop(x_BxTxD),
-            mask=mask,
+            structure=structure,
             rotary=rotary,
             index=index,
             unroll=self.unroll,

@@ -60,6 +60,7 @@ class MaskedAutoencoder(nn.Module):
             dtype=encoder.dtype,
             unroll=encoder.unroll,
             remat=encoder.remat,
+            attention=encoder.attention,
         )
 
     def __call__(self, image_BxHxWxC: jax.Array, noise_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -125,6 +126,7 @@ class Decoder(nn.Module):
     dtype: str
     unroll: int | None
     remat: str
+    attention: str
 
     @nn.compact
     def __call__(
@@ -159,7 +161,12 @@ class Decoder(nn.Module):
         )
         return Block(
             attention=functools.partial(
-                Attention, self.num_heads, use_bias=self.use_bias, dropout=self.attention_dropout, **shared
+                Attention,
+                self.num_heads,
+                use_bias=self.use_bias,
+                dropout=self.attention_dropout,
+                implementation=self.attention,
+                **shared,
             ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, self.gated, **shared),
             norm=norm,

@@ -133,6 +133,7 @@ class Encoder(nn.Module):
       dtype: what matrix products are computed in; parameters stay float32.
       unroll: layers that the compiler sees at once; None chooses by platform and depth.
       remat: what the backward pass recomputes: see `blocks.REMAT`.
+      attention: how attention is computed: see `attention.attend`.
     """
 
     image_size: int = 224
@@ -156,6 +157,7 @@ class Encoder(nn.Module):
     dtype: str = "float32"
     unroll: int | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     def setup(self):
         """Make the embeddings, a block and the last norm."""
@@ -173,7 +175,12 @@ class Encoder(nn.Module):
         norm: Callable[..., nn.Module] = functools.partial(layers.LayerNorm, self.layer_norm_epsilon, dtype=dtype)
         self.layers = Block(
             attention=functools.partial(
-                Attention, self.num_heads, use_bias=self.use_bias, dropout=self.attention_dropout, **shared
+                Attention,
+                self.num_heads,
+                use_bias=self.use_bias,
+                dropout=self.attention_dropout,
+                implementation=self.attention,
+                **shared,
             ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, self.gated, **shared),
             norm=norm,

@@ -11,7 +11,7 @@ import pytest
 
 from research.errors import UserError
 from research.models import layers
-from research.models.attention import Attention, attention
+from research.models.attention import Attention, Structure, xla
 from research.models.blocks import Block, stack
 
 # Compiles several times faster, which is where these tests spend their time.
@@ -56,10 +56,10 @@ class Stack(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x, mask=None):
+    def __call__(self, x, **context):
         options = {"kernel_init": nn.initializers.normal(0.3), "dtype": jnp.dtype(self.dtype)}
         inner = block(self.dropout, "layers", self.drop_path, **options)
-        return stack(inner, self.num_layers, x, mask=mask, unroll=self.unroll, remat=self.remat)
+        return stack(inner, self.num_layers, x, unroll=self.unroll, remat=self.remat, **context)
 
 
 FORMULAS = {
@@ -95,7 +95,7 @@ def test_attention_follows_its_formula():
     query, key, value = normal(0, 2, 5, 3, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
     mask = np.random.default_rng(3).random((2, 1, 5, 7)) < 0.6
     mask[..., 0] = True
-    outputs, weights = attention(query, key, value, mask)
+    outputs, weights = xla(query, key, value, mask)
     for b in range(2):
         for h in range(3):
             scores = query[b, :, h] @ key[b, :, h].T / math.sqrt(4)
@@ -107,12 +107,12 @@ def test_attention_follows_its_formula():
 
 
 def test_attention_to_nothing_is_finite():
-    outputs, _ = attention(*(normal(i, 1, 2, 1, 4) for i in range(3)), np.zeros((1, 1, 2, 2), bool))
+    outputs, _ = xla(*(normal(i, 1, 2, 1, 4) for i in range(3)), np.zeros((1, 1, 2, 2), bool))
     assert np.isfinite(outputs).all()
 
 
 def test_attention_weights_are_float32_in_bfloat16():
-    outputs, weights = attention(*(jnp.asarray(normal(i, 1, 6, 2, 4), jnp.bfloat16) for i in range(3)))
+    outputs, weights = xla(*(jnp.asarray(normal(i, 1, 6, 2, 4), jnp.bfloat16) for i in range(3)))
     assert outputs.dtype == jnp.bfloat16
     assert weights.dtype == jnp.float32
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
@@ -222,13 +222,13 @@ def test_layers_of_a_stack_drop_independently():
 
 
 def test_a_stack_is_its_layers_in_turn():
-    x, mask = normal(0, 2, 6, 12), np.tri(6, dtype=bool)[None, None]
+    x, causal = normal(0, 2, 6, 12), Structure(causal=True)
     params = random_params(Stack(), x)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(params)} == {4}
     y = x
     for layer in range(4):
-        y = apply(block(), jax.tree.map(lambda leaf, i=layer: leaf[i], params["layers"]), y, mask=mask)
-    np.testing.assert_allclose(apply(Stack(), params, x, mask), y, atol=1e-5)
+        y = apply(block(), jax.tree.map(lambda leaf, i=layer: leaf[i], params["layers"]), y, structure=causal)
+    np.testing.assert_allclose(apply(Stack(), params, x, structure=causal), y, atol=1e-5)
 
 
 def test_a_stack_initialises_its_layers_differently():

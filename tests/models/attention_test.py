@@ -1,0 +1,181 @@
+"""Every implementation of attention against the reference: values and gradients, over what may attend to what."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.errors import UserError
+from research.models import attention, kernels
+from research.models.attention import DropWeights, Structure, attend
+
+LENGTH = 256
+
+
+def numbers(*documents: int, first: int = 0, length: int = LENGTH) -> np.ndarray:
+    """Return one row of document numbers: `first` places of padding, documents of these lengths, and padding."""
+    row = np.zeros(length, np.int32)
+    for number, size in enumerate(documents, 1):
+        row[first : first + size], first = number, first + size
+    return row
+
+
+PADDED = np.stack([numbers(256), numbers(131)])
+PACKED = np.stack([numbers(100, 30, 90), numbers(1, 127, 128)])
+ONES = np.ones_like(PADDED)
+STRUCTURES = {
+    "everything": Structure(),
+    "causal": Structure(causal=True),
+    "window": Structure(causal=True, window=50),
+    "padding": Structure(PADDED, PADDED),
+    "causal padding": Structure(PADDED, PADDED, causal=True),
+    "documents": Structure(PACKED, PACKED, packed=True),
+    "causal documents": Structure(PACKED, PACKED, causal=True, packed=True),
+    "causal documents in a window": Structure(PACKED, PACKED, causal=True, window=20, packed=True),
+    "padding first": Structure(*[np.stack([numbers(200, first=56), numbers(256)])] * 2, causal=True, packed=True),
+    "another sequence": Structure(ONES, np.stack([numbers(140, length=384), numbers(384, length=384)])),
+    "an image's padding": Structure(ONES, np.stack([np.tile(numbers(20, length=32), 8)] * 2), packed=True),
+}
+
+
+def operands(structure: Structure, groups: int = 4, width: int = 64, dtype=jnp.float32, length: int = LENGTH):
+    size = length if structure.keys_BxS is None else structure.keys_BxS.shape[1]
+    shapes = (2, length, 4, width), (2, size, groups, width), (2, size, groups, width)
+    return [jnp.asarray(np.random.default_rng(i).normal(size=shape), dtype) for i, shape in enumerate(shapes)]
+
+
+def real(structure: Structure, length: int = LENGTH) -> np.ndarray:
+    return np.ones((2, length), bool) if structure.queries_BxT is None else np.asarray(structure.queries_BxT) != 0
+
+
+def value_and_gradients(compute, inputs, structure):
+    """Return outputs of real queries, and the gradients of a sum of them that weighs each differently."""
+    shape = inputs[0].shape
+    weights = np.random.default_rng(9).normal(size=shape) * real(structure, shape[1])[..., None, None]
+
+    def total(inputs):
+        outputs = compute(*inputs).astype(jnp.float32)
+        return (outputs * weights).sum(), outputs
+
+    gradients, outputs = jax.jit(jax.grad(total, has_aux=True))(inputs)
+    return [np.asarray(outputs)[real(structure, shape[1])], *gradients]
+
+
+def chunked(structure, *inputs, **options):
+    return attend(*inputs, structure, implementation="chunked", **options)
+
+
+def splash(structure, query, key, value):
+    return kernels.splash(query, key, value, structure, None, query.shape[-1] ** -0.5, interpret=True)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 60 * LENGTH)  # five blocks of queries, the last one not whole
+    monkeypatch.setattr(kernels, "SPLASH_BLOCK", 128)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("compute", [chunked, splash])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_implementation_equals_the_reference(name, compute, groups, small_blocks):
+    structure = STRUCTURES[name]
+    inputs = operands(structure, groups)
+    expected = value_and_gradients(functools.partial(attend, structure=structure, implementation="xla"), inputs, structure)
+    found = value_and_gradients(functools.partial(compute, structure), inputs, structure)
+    for theirs, ours in zip(expected, found):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, LENGTH, LENGTH), (2, 1, 1, LENGTH), (1, 1, LENGTH, LENGTH)])
+def test_blocks_have_the_bias_and_the_dropout_of_the_whole(shape, small_blocks):
+    structure, bias = STRUCTURES["causal padding"], np.random.default_rng(5).normal(size=shape)
+    drop = DropWeights(0.3, jax.random.key(1))
+    inputs = [*operands(structure), jnp.asarray(bias, jnp.float32)]
+
+    def compute(implementation, query, key, value, bias):
+        options = {"bias": bias, "dropout": drop, "scale": 0.2, "implementation": implementation}
+        return attend(query, key, value, structure, **options)
+
+    expected, found = (
+        value_and_gradients(functools.partial(compute, name), inputs, structure) for name in ("xla", "chunked")
+    )
+    for theirs, ours in zip(expected, found):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_blocks_continue_a_cache(small_blocks):
+    held = jnp.asarray(np.stack([numbers(400, length=512), numbers(380, first=20, length=512)]))
+    structure = Structure.within(held, LENGTH, causal=True, index=jnp.asarray(140), packed=True)
+    inputs = operands(structure)
+    whole, blocks = (attend(*inputs, structure, implementation=name) for name in ("xla", "chunked"))
+    np.testing.assert_allclose(blocks, whole, atol=2e-6)
+
+
+def test_blocks_hold_no_square_of_the_length():
+    inputs = operands(Structure(), length=8192, width=8)
+
+    def peak(implementation):
+        def total(inputs):
+            return attend(*inputs, Structure(causal=True), implementation=implementation).sum()
+
+        return jax.jit(jax.grad(total)).lower(inputs).compile().memory_analysis().temp_size_in_bytes
+
+    square = 2 * 4 * 8192**2 * 4  # bytes of all scores
+    assert peak("xla") > square
+    assert peak("chunked") < square / 8
+
+
+def test_long_rows_are_computed_in_blocks_and_short_ones_at_once():
+    for length, expected in {512: "xla", 1024: "xla", 4096: "chunked"}.items():
+        shapes = [jax.ShapeDtypeStruct((2, length, 4, 8), jnp.float32)] * 3
+        assert attention.choose(tuple(shapes), Structure(causal=True), None, None) == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("on, kernel", [("gpu", "cudnn"), ("tpu", "splash"), ("cpu", "xla")])
+def test_auto_chooses_the_platforms_kernel_and_another_where_that_cannot(on, kernel, dtype, monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: on)
+    inputs = tuple(operands(STRUCTURES["causal padding"], dtype=dtype))
+    chosen = functools.partial(attention.choose, inputs)
+    assert chosen(STRUCTURES["causal padding"], None, None) == ("xla" if (on, dtype) == ("gpu", "float32") else kernel)
+    assert chosen(STRUCTURES["causal padding"], None, DropWeights(0.1, jax.random.key(0))) == "xla"
+    bias = jnp.zeros((1, 4, LENGTH, LENGTH))
+    assert chosen(Structure(), bias, None) == ("cudnn" if (on, dtype) == ("gpu", "bfloat16") else "xla")
+
+
+@pytest.mark.parametrize(
+    "implementation, message",
+    [
+        ("cudn", "unknown implementation 'cudn'; did you mean 'cudnn'?"),
+        ("cudnn", "'cudnn' needs a GPU; this is compiled for a CPU"),
+        ("splash", "'splash' needs a TPU; this is compiled for a CPU; 'auto' chooses one that can"),
+    ],
+)
+def test_an_implementation_that_cannot_serve_says_why(implementation, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        attend(*operands(Structure()), implementation=implementation)
+    monkeyed = "has no dropout of attention weights"
+    assert attention.obstacle("splash", (), Structure(), None, DropWeights(0.1, None)) == monkeyed
+
+
+def test_a_kernel_that_knows_lengths_alone_makes_other_rows_nan():
+    rows = np.stack([numbers(256), numbers(131), numbers(256, first=1)[:256], numbers(100, 30, 90)])
+    refused = kernels._refused(jnp.ones((4, LENGTH, 1, 1)), [jnp.asarray(rows)])
+    assert np.isnan(refused).any(axis=(1, 2, 3)).tolist() == [False, False, True, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("name", ["everything", "causal", "window", "padding", "causal padding"])
+def test_cudnn_equals_the_reference(name, groups):
+    structure = STRUCTURES[name]
+    inputs = operands(structure, groups, dtype=jnp.bfloat16)
+    exact = [x.astype(jnp.float32) for x in inputs]
+    expected = value_and_gradients(functools.partial(attend, structure=structure, implementation="xla"), exact, structure)
+    found = value_and_gradients(functools.partial(attend, structure=structure, implementation="cudnn"), inputs, structure)
+    for theirs, ours in zip(expected, found):
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=5e-2, rtol=5e-2)
