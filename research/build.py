@@ -81,7 +81,7 @@ def locate(path: str, name: str) -> Callable[..., Any]:
     """Return the object at a dotted path such as "research.models.bert.Encoder"."""
     module, _, attribute = str(path).rpartition(".")
     if not module:
-        raise UserError(f"{name}.call: '{path}' is not written like package.module.name")
+        raise UserError(f"{name}.call: '{path}' is not of the form package.module.name")
     if current(path) != path:
         raise UserError(f"{name}.call: '{path}' is now '{current(path)}'")
     try:

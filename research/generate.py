@@ -157,7 +157,7 @@ def _encode(
     if messages is None:
         ids = tokenizer.backend.encode(prompt, add_special_tokens=False).ids
     else:
-        ids, _ = chat.encode(tokenizer, messages, add_generation_prompt=True)
+        ids, _ = chat.encode(tokenizer, chat.check_messages(messages), add_generation_prompt=True)
     if not ids:
         raise UserError("the prompt is empty")
     if source:

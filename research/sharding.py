@@ -145,6 +145,12 @@ def over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
+def batch_ways() -> int:
+    """Return over how many devices of the mesh of `over` a batch is split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL["batch"] or ())
+
+
 def platform() -> str:
     """Return what is compiled for, "cpu", "gpu" or "tpu": the mesh of `over`'s, else that of the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device

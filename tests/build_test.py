@@ -108,10 +108,10 @@ def test_unions():
         ("research.modles.bert.Encoder", "no module .*; did you mean 'research.models'"),
         ("rsearch.models.bert.Encoder", "no module 'rsearch.models.bert'; did you mean 'research'"),
         ("research.models.bert.Encoder.x", "no module 'research.models.bert.Encoder'"),
-        ("Encoder", "'Encoder' is not a valid split package.module.name"),
-        ("", "'' is not a valid split"),
+        ("Encoder", "'Encoder' is not of the form package.module.name"),
+        ("", "'' is not of the form"),
         ("research.errors.difflib", "'research.errors.difflib' cannot be called"),
-        (3, "'3' is not a valid split"),
+        (3, "'3' is not of the form"),
     ],
 )
 def test_calls_that_do_not_exist(call, message):

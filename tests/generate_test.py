@@ -192,9 +192,9 @@ MISTAKES = {
     "both": (["--prompt=a", "--input=x"], "--prompt, --input: give a text"),
     "no file": (["--input=nowhere.txt"], "--input: there is no file nowhere.txt"),
     "no folder": (["--prompt=a", "--output=nowhere/out"], "--output: there is no folder"),
-    "long": ([f"--prompt={'a' * 70}"], "--prompt: the prompt has 71 tokens, and the model positions for 64"),
+    "long": ([f"--prompt={'a' * 70}"], "--prompt: the prompt has 71 tokens, but the model has 64 positions"),
     "too many": (["--prompt=abc"], "config.decoding.max_new_tokens: 64 are too many after a prompt of 4 tokens"),
-    "setting": (["--prompt=a", "--config.decoding.top_p=2"], "config.decoding.top_p: 2 is not above 0 and at most 1"),
+    "setting": (["--prompt=a", "--config.decoding.top_p=2"], "config.decoding.top_p: 2 must lie in"),
     "misspelt": (["--prompt=a", "--config.decoding.temprature=2"], "config.decoding.temprature: .* 'temperature'"),
     "type": (
         ["--prompt=a", "--config.decoding.max_new_tokens=many"],

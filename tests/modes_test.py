@@ -157,7 +157,7 @@ def test_predict_from_standard_input(workdir, capsys, monkeypatch):
             b'{"text": "a"}\n{"txet": "a"}\n',
             "--input: line 2: an example has no text field 'text'; did you mean 'txet'",
         ),
-        (b'{"text": "a"}\n{"text": 3}\n', "--input: line 2: an example has no text 'text'"),
+        (b'{"text": "a"}\n{"text": 3}\n', "--input: line 2: an example's field 'text' must be text, not int"),
         (b'{"text": "a\xff"}\n', "--input: line 1 is not JSON: 'utf-8'"),
     ],
 )

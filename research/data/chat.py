@@ -143,11 +143,15 @@ def answer_spans(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) ->
     return spans
 
 
+def check_messages(messages: Any, field: str = "messages") -> list[Mapping[str, Any]]:
+    """Return the messages of a conversation, or raise UserError unless each has a role and a content, both text."""
+    for message in messages if isinstance(messages, Sequence | np.ndarray) and len(messages) else [None]:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f"'{field}' must be a list of messages that have a role and a content, both text")
+    return list(messages)
+
+
 def _messages(example: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
     if field not in example:
         raise UserError(f"an example has no messages '{field}'{nearest(field, example)}")
-    messages = example[field]
-    for message in messages if isinstance(messages, Sequence | np.ndarray) and len(messages) else [None]:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"'{field}' is no list of messages that have a role and a content, both text")
-    return list(messages)
+    return check_messages(example[field], field)

@@ -11,8 +11,10 @@ from research.errors import UserError, nearest
 
 def text_of(example: Mapping[str, Any], field: str) -> str:
     """Return the text in a field of an example."""
-    if not isinstance(example.get(field), str):
-        raise UserError(f"config.data.ops: an example has no text field '{field}'{nearest(field, example)}")
+    if field not in example:
+        raise UserError(f"an example has no text field '{field}'{nearest(field, example)}")
+    if not isinstance(example[field], str):
+        raise UserError(f"an example's field '{field}' must be text, not {type(example[field]).__name__}")
     return example[field]
 
 

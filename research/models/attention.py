@@ -3,6 +3,7 @@
 Shape letters as in `layers`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -252,7 +253,7 @@ def chunked(
     @jax.checkpoint
     def one(part: tuple) -> jax.Array:
         index, queries, numbers, biases = part
-        rows = structure.replace(queries_BxT=numbers, start=first + index * block)
+        rows = dataclasses.replace(structure, queries_BxT=numbers, start=first + index * block)
         keys, values = key_32.astype(key.dtype), value_32.astype(value.dtype)
         mask, drop_weights = rows.mask(block, size), _dropped(dropout, length, index * block)
         return xla(queries, keys, values, mask, biases if whole is None else whole, scale, drop_weights)[0]
@@ -414,8 +415,11 @@ class Attention(nn.Module):
         rng = Dropout(self.dropout, name="dropout").key()
         dropout = None if rng is None else DropWeights(self.dropout, rng)
         if not self.is_mutable_collection("intermediates"):
+            query, key, value = (constrain(x, "batch", "length", "heads") for x in (query, key, value))
             return attend(
-                *(constrain(x, "batch", "length", "heads") for x in (query, key, value)),
+                query,
+                key,
+                value,
                 structure,
                 bias=bias,
                 scale=self.scale,

@@ -75,7 +75,9 @@ class Block(nn.Module):
         x_BxTxD = add(x_BxTxD, self.attention(name="attention"), **own, **shared)
         if source_BxSxD is not None:
             source = {"source_BxSxD": source_BxSxD, "source_position_BxSxD": source_position_BxSxD}
-            x_BxTxD = add(x_BxTxD, self.attention(name="cross_attention"), structure=source_structure, **source, **shared)
+            x_BxTxD = add(
+                x_BxTxD, self.attention(name="cross_attention"), structure=source_structure, **source, **shared
+            )
         return add(x_BxTxD, self.mlp(name="mlp"))
 
 

@@ -73,7 +73,11 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, query_QxD: jax.Array, source_BxSxD: jax.Array, source_structure: Structure, source_position_BxSxD: jax.Array
+        self,
+        query_QxD: jax.Array,
+        source_BxSxD: jax.Array,
+        source_structure: Structure,
+        source_position_BxSxD: jax.Array,
     ) -> jax.Array:
         """Return the normalised outputs of all layers, [L, B, Q, D].
 

@@ -45,10 +45,8 @@ def time_waves(time_B: jax.Array) -> jax.Array:
 
 def normalize(x_BxNxD: jax.Array, shift_BxD: jax.Array, scale_BxD: jax.Array, epsilon: float) -> jax.Array:
     """Adaptive layer normalisation: what is learned elsewhere of the condition shifts and scales; in float32."""
-    x = x_BxNxD.astype(jnp.float32)
-    centred = x - x.mean(axis=-1, keepdims=True)
-    normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
-    return (normal * (1 + scale_BxD[:, None]) + shift_BxD[:, None]).astype(x_BxNxD.dtype)
+    scale_Bx1xD, shift_Bx1xD = (x.astype(jnp.float32)[:, None] for x in (1 + scale_BxD, shift_BxD))
+    return layers.layer_norm(x_BxNxD, scale_Bx1xD, shift_Bx1xD, epsilon).astype(x_BxNxD.dtype)
 
 
 class TimeEmbedding(nn.Module):

@@ -291,7 +291,7 @@ class EncoderDecoder(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states [..., D] to logits float32 [..., V]."""
         hidden *= jnp.asarray(self.logits_scale, hidden.dtype)
-        logits = self.word.attend(hidden) if self.tie_embeddings else self.head(hidden).astype(jnp.float32)
+        logits = (self.word.attend(hidden) if self.tie_embeddings else self.head(hidden)).astype(jnp.float32)
         return logits + self.head_bias if self.logits_bias else logits
 
     def _embed(

@@ -155,8 +155,8 @@ class Decoder(nn.Module):
           attention_mask_BxS: 0 at padding, which may come first or last; tokens attend to earlier ones of their own
             number, see `attention.Structure`. S is T, or the size of the cache, where the places of tokens that are
             still to come hold 1 already.
-          positions_BxT: positions, without which rows hold one document, and padding after it; where they are None tokens
-            are counted, but for padding.
+          positions_BxT: positions; where they are None tokens are counted, but for padding, and a row must hold one
+            document and its padding alone.
         """
         length = input_ids_BxT.shape[1]
         index = self.cache_index(length)
@@ -191,6 +191,4 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states [..., D] to logits float32 [..., V]."""
-        if self.tie_embeddings:
-            return self.word.attend(hidden)
-        return self.head(hidden).astype(jnp.float32)
+        return (self.word.attend(hidden) if self.tie_embeddings else self.head(hidden)).astype(jnp.float32)

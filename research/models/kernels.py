@@ -44,21 +44,24 @@ def cudnn(
     scale: float,
 ) -> jax.Array:
     """Compute attention by cuDNN's flash attention."""
-    lengths = {}
+    lengths: tuple[jax.Array, ...] | tuple[None, None] = (None, None)
     if structure.keys_BxS is not None and structure.queries_BxT is not None:
-        numbers = {"query_seq_lengths": structure.queries_BxT, "key_value_seq_lengths": structure.keys_BxS}
-        lengths = {name: (x != 0).sum(axis=1, dtype=jnp.int32) for name, x in numbers.items()}
-        query = _refused(query, [structure.queries_BxT, structure.keys_BxS])
+        numbers = [structure.queries_BxT, structure.keys_BxS]
+        lengths = tuple((x != 0).sum(axis=1, dtype=jnp.int32) for x in numbers)
+        query = _refused(query, numbers)
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], query.shape[1], key.shape[1])).astype(query.dtype)
     return jax.nn.dot_product_attention(
         query,
         key,
         value,
-        None if bias is None else jnp.broadcast_to(bias, (*bias.shape[:2], query.shape[1], key.shape[1])).astype(query.dtype),
+        bias,
         scale=scale,
         is_causal=structure.causal,
+        query_seq_lengths=lengths[0],
+        key_value_seq_lengths=lengths[1],
         local_window_size=None if structure.window is None else (structure.window - 1, 0),
         implementation="cudnn",
-        **lengths,
     )
 
 
@@ -115,9 +118,7 @@ def splash(
         ways = mesh.shape["model"]
         heads = "model" if query.shape[2] % ways == 0 and key.shape[2] % ways == 0 else None
         wide, narrow = P(batch, None, heads, None), P(batch, None)
-        attend = jax.shard_map(
-            attend, in_specs=(wide, wide, wide, narrow, narrow), out_specs=wide, check_vma=False
-        )
+        attend = jax.shard_map(attend, in_specs=(wide, wide, wide, narrow, narrow), out_specs=wide, check_vma=False)
     return attend(*filled)[:, :length]
 
 

@@ -182,13 +182,68 @@ class Embedding(nn.Module):
         return jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Map [..., features] to the products with every row, [..., vocabulary] in float32: an output layer's weights.
-
-        The dtype of the product is that of the table, accumulated in float32.
-        """
+        """Map [..., features] to its products with every row of the table, [..., vocabulary] in `dtype`."""
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        scores = product("nd,vd->nv", flat, self.embedding.astype(self.dtype))
+        scores = jnp.einsum("nd,vd->nv", flat, self.embedding.astype(self.dtype))
         return scores.reshape(*x.shape[:-1], self.vocab_size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """Return x [..., D] less its mean over its standard deviation, scaled and shifted, in float32.
+
+    `scale` and `bias` are float32 and broadcast to x. The backward pass keeps x as it came and two numbers a row, and
+    computes the rest again: float32 copies of bfloat16 activations would take four times as much.
+    """
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, Any]:
+    x_32 = x.astype(jnp.float32)
+    mean = x_32.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x_32 - mean).mean(axis=-1, keepdims=True) + epsilon)
+    return (x_32 - mean) * inverse * scale + bias, (x, mean, inverse, scale, bias)
+
+
+def _layer_norm_backward(epsilon: float, kept: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse, scale, bias = jax.lax.optimization_barrier(kept)  # or the compiler keeps what is to be recomputed
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    scaled = cotangent * scale
+    along = (scaled * normal).mean(axis=-1, keepdims=True)
+    by_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - normal * along)
+    return by_x.astype(x.dtype), _sum_to(cotangent * normal, scale), _sum_to(cotangent, bias)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Return x [..., D] over its root mean square, scaled, in float32; see `layer_norm`."""
+    return _rms_norm_forward(x, scale, epsilon)[0]
+
+
+def _rms_norm_forward(x: jax.Array, scale: jax.Array, epsilon: float) -> tuple[jax.Array, Any]:
+    x_32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(x_32).mean(axis=-1, keepdims=True) + epsilon)
+    return x_32 * inverse * scale, (x, inverse, scale)
+
+
+def _rms_norm_backward(epsilon: float, kept: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, inverse, scale = jax.lax.optimization_barrier(kept)
+    normal, scaled = x.astype(jnp.float32) * inverse, cotangent * scale
+    by_x = inverse * (scaled - normal * (scaled * normal).mean(axis=-1, keepdims=True))
+    return by_x.astype(x.dtype), _sum_to(cotangent * normal, scale)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def _sum_to(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Return x summed over the dimensions over which `like` was broadcast."""
+    x = x.sum(axis=tuple(range(x.ndim - like.ndim)))
+    wide = tuple(axis for axis, size in enumerate(like.shape) if size == 1 and x.shape[axis] > 1)
+    return x.sum(axis=wide, keepdims=True)
 
 
 class LayerNorm(nn.Module):
@@ -202,10 +257,7 @@ class LayerNorm(nn.Module):
         """Map [..., D] to [..., D], in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -218,8 +270,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., D] to [..., D], in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        return (x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon) * scale).astype(self.dtype)
+        return rms_norm(x, scale, self.epsilon).astype(self.dtype)
 
 
 NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}

@@ -15,6 +15,7 @@ from research.generation.sampling import generate
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
 from research.tasks import tokens
+from research.tasks.cross_entropy import token_losses
 
 INPUTS = ("input_ids", "attention_mask", "positions")
 
@@ -28,13 +29,15 @@ class CausalLM:
 
     Attributes:
       model: the Linen module, with methods `hidden` and `logits`; see `models.gpt`.
-      logits_chunk: positions whose logits exist at once; 0 for all. Long rows of a large vocabulary need it.
+      z_loss: weight of the squared log-normaliser in training: see `cross_entropy.token_losses`.
+      logits_chunk: positions of a row whose logits exist at once; 0 for all, None for as many as a device can hold.
       tokenizer: to put outputs in words.
       decoding: how `predict` continues a text.
     """
 
     model: nn.Module
-    logits_chunk: int = 0
+    z_loss: float = 0.0
+    logits_chunk: int | None = None
     tokenizer: Tokenizer | None = None
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
@@ -46,7 +49,7 @@ class CausalLM:
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
         """Return the mean cross-entropy over the targets, in nats, with dropout, and the share predicted right."""
-        means = self._score(params, batch, {"dropout": rng})
+        means = self._score(params, batch, {"dropout": rng}, self.z_loss)
         return means["loss"], {"accuracy": means["accuracy"]}
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
@@ -62,7 +65,7 @@ class CausalLM:
             return {"tokens": generate(self.model, params, batch, self.decoding, self.tokenizer, rng)}
         hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, {})
         logits_BxTxV = tokens.logits(self.model, params, hidden_BxTxD)
-        losses_BxT, _ = tokens.token_losses(logits_BxTxV, batch["targets"])
+        losses_BxT, _ = token_losses(logits_BxTxV, batch["targets"])
         weights_BxT = batch["target_mask"]
         return {
             "log_likelihood": -jnp.where(weights_BxT != 0, losses_BxT * weights_BxT, 0.0).sum(axis=1),
@@ -77,6 +80,6 @@ class CausalLM:
         perplexity = float(np.exp(-likelihood / count)) if count else None
         return {"log_likelihood": likelihood, "tokens": int(count), "perplexity": perplexity}
 
-    def _score(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> dict[str, Mean]:
+    def _score(self, params: Params, batch: Batch, rngs: dict[str, jax.Array], z_loss: float = 0.0) -> dict[str, Mean]:
         hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, rngs)
-        return tokens.score(self.model, params, hidden_BxTxD, batch, chunk=self.logits_chunk)
+        return tokens.score(self.model, params, hidden_BxTxD, batch, z_loss=z_loss, chunk=self.logits_chunk)

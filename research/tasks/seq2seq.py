@@ -31,14 +31,16 @@ class Seq2Seq:
     Attributes:
       model: the Linen module, with methods `encode`, `decode`, `hidden` and `logits`; see `models.encoder_decoder`.
       label_smoothing: share of the probability spread evenly over the vocabulary, in training.
-      logits_chunk: positions whose logits exist at once; 0 for all.
+      z_loss: weight of the squared log-normaliser in training: see `cross_entropy.token_losses`.
+      logits_chunk: positions of a row whose logits exist at once; 0 for all, None for as many as a device can hold.
       tokenizer: to put outputs in words.
       decoding: how `predict` searches.
     """
 
     model: nn.Module
     label_smoothing: float = 0.0
-    logits_chunk: int = 0
+    z_loss: float = 0.0
+    logits_chunk: int | None = None
     tokenizer: Tokenizer | None = None
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
@@ -49,12 +51,12 @@ class Seq2Seq:
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
         """Return the mean cross-entropy over the targets, in nats, with dropout, and the share predicted right."""
-        means = self._score(params, batch, {"dropout": rng}, self.label_smoothing)
+        means = self._score(params, batch, {"dropout": rng}, self.label_smoothing, self.z_loss)
         return means["loss"], {"accuracy": means["accuracy"]}
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
         """Return "loss", without dropout or smoothing, and "accuracy"."""
-        return self._score(params, batch, {}, 0.0)
+        return self._score(params, batch, {})
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         """Return the "tokens" int32 [B, N] that `decoding` finds; padding follows the end token."""
@@ -65,7 +67,12 @@ class Seq2Seq:
         return {"prediction": completion(self.tokenizer, output["tokens"], self.decoding.stop)}
 
     def _score(
-        self, params: Params, batch: Batch, rngs: dict[str, jax.Array], label_smoothing: float
+        self,
+        params: Params,
+        batch: Batch,
+        rngs: dict[str, jax.Array],
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> dict[str, Mean]:
         hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, rngs)
-        return tokens.score(self.model, params, hidden_BxTxD, batch, label_smoothing, self.logits_chunk)
+        return tokens.score(self.model, params, hidden_BxTxD, batch, label_smoothing, z_loss, self.logits_chunk)

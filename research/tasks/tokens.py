@@ -1,6 +1,7 @@
 """What objectives that predict tokens share: their loss, computed without all logits at once, and their checks."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from research.errors import UserError, nearest
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
+from research.tasks.cross_entropy import block_size, in_blocks, token_losses
 
 
 def init(model: nn.Module, rng: jax.Array, spec: Spec, inputs: Sequence[str]) -> Params:
@@ -48,7 +50,8 @@ def score(
     hidden_BxTxD: jax.Array,
     batch: Batch,
     label_smoothing: float = 0.0,
-    chunk: int = 0,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
     most: int | None = None,
 ) -> dict[str, Mean]:
     """Return the means over the targets that count: "loss", in nats, and "accuracy"; "bits_per_byte" where known.
@@ -58,8 +61,9 @@ def score(
       params: of the model.
       hidden_BxTxD: what it is applied to.
       batch: "targets" int [B, T], "target_mask" [B, T], "mask" [B], and perhaps "target_bytes" [B, T].
-      label_smoothing: share of the probability spread evenly over the vocabulary (Szegedy 2016).
-      chunk: positions whose logits exist at once, in the backward pass too, where they are computed again; 0 for all.
+      label_smoothing: see `cross_entropy.token_losses`.
+      z_loss: alike.
+      chunk: positions of a row whose logits exist at once; 0 for all, None for as many as a device can hold.
       most: compute logits for that many positions of a row only, the first that count; None for all.
     """
     weights_BxT = batch["target_mask"] * batch["mask"][:, None]
@@ -71,46 +75,18 @@ def score(
 
     def sums(params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
         logits_BxTxV = logits(model, params, hidden)
-        losses, correct = token_losses(logits_BxTxV, targets, label_smoothing)
-        plain = token_losses(logits_BxTxV, targets)[0] if label_smoothing else losses
+        losses, correct = token_losses(logits_BxTxV, targets, label_smoothing, z_loss)
+        plain = token_losses(logits_BxTxV, targets)[0] if label_smoothing or z_loss else losses
         return tuple(jnp.where(weights != 0, x * weights, 0.0).sum() for x in (losses, plain, correct))
 
-    loss, plain, correct = _in_chunks(sums, chunk, params, hidden_BxTxD, targets_BxT, weights_BxT)
+    batch_size, length = targets_BxT.shape
+    if chunk is None:
+        vocab_size = jax.eval_shape(functools.partial(logits, model), params, hidden_BxTxD).shape[-1]
+        chunk = block_size(batch_size, length, vocab_size)
+    loss, plain, correct = in_blocks(sums, chunk or length, params, hidden_BxTxD, targets_BxT, weights_BxT)
     count = weights_BxT.sum()
     means = {"loss": Mean(loss, count), "accuracy": Mean(correct, count)}
     if "target_bytes" in batch:
         bytes_ = (batch["target_bytes"] * weights_BxT).sum()
         means["bits_per_byte"] = Mean(plain / jnp.log(2.0), bytes_)
     return means
-
-
-def token_losses(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """Return the cross-entropy of logits [..., V] with targets int [...], and whether the target is the likeliest."""
-    # The largest logit is compared with the target's, as an argmax over a vocabulary is slow on CPUs.
-    largest = jax.lax.stop_gradient(logits.max(axis=-1))
-    normaliser = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(axis=-1))
-    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    expected = (
-        (1 - label_smoothing) * of_target + label_smoothing * logits.mean(axis=-1) if label_smoothing else of_target
-    )
-    return normaliser - expected, (of_target >= largest).astype(jnp.float32)
-
-
-def _in_chunks(
-    sums: Callable[..., tuple[jax.Array, ...]], chunk: int, params: Params, *arrays: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Add up `sums` over chunks of the arrays' second axis, each recomputed in the backward pass."""
-    length = arrays[0].shape[1]
-    if not chunk or chunk >= length:
-        return sums(params, *arrays)
-    count = -(-length // chunk)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    def step(totals: tuple[jax.Array, ...], part: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
-        return tuple(map(jnp.add, totals, jax.checkpoint(sums, prevent_cse=False)(params, *part))), None
-
-    zeros = tuple(jnp.zeros((), jnp.float32) for _ in range(3))
-    return jax.lax.scan(step, zeros, tuple(map(split, arrays)))[0]

@@ -445,7 +445,7 @@ def test_processes_agree_on_the_lengths_of_both_sides(monkeypatch):
 
 def test_a_decoders_side_alone_fits_its_buckets():
     explicit = {"length_buckets": (10, 30), "decoder_length_buckets": (20, 40)}
-    with pytest.raises(UserError, match=r"decoder_length_buckets: \(20, 40\) has is shorter than the max_length 50"):
+    with pytest.raises(UserError, match=r"decoder_length_buckets: \(20, 40\) is shorter than the max_length 50"):
         Dataset(make_pairs(), SIDES, (translate,), **explicit).batches()
     (_, batch), *_ = Dataset(make_pairs(), SIDES, (translate,)).rows([{"source": 3, "id": 0}])
     assert batch.keys() == {"input_ids", "mask"}

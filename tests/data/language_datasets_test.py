@@ -99,10 +99,10 @@ def test_other_files_of_r_are_refused(austen, read):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("jane_austen/paragraf", "dataset 'jane_austen' has no 'paragraf'; did you mean 'paragraphs'"),
-        ("libreoffice/de-en", "dataset 'libreoffice' has no 'de-en'"),
-        ("disfl_qa/v2", "dataset 'disfl_qa' has no 'v2'"),
-        ("jane_austin", "no dataset 'jane_austin'; did you mean 'jane_austen'"),
+        ("jane_austen/paragraf", "dataset 'jane_austen' has no config 'paragraf'; did you mean 'paragraphs'"),
+        ("libreoffice/de-en", "dataset 'libreoffice' has no config 'de-en'"),
+        ("disfl_qa/v2", "dataset 'disfl_qa' has no config 'v2'"),
+        ("jane_austin", "unknown dataset 'jane_austin'; did you mean 'jane_austen'"),
     ],
 )
 def test_unknown_configs(name, message, tmp_path):

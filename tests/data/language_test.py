@@ -91,7 +91,7 @@ def test_bytes_of_tokens():
 
 
 def test_what_causal_tokens_need(tokenizers):
-    with pytest.raises(UserError, match=r"an example has no text 'body'; did you mean 'bod'\?"):
+    with pytest.raises(UserError, match=r"an example has no text field 'body'; did you mean 'bod'\?"):
         language.CausalTokens(tokenizers["bpe"], field="body")({"bod": "x"})
     with pytest.raises(UserError, match="target_bytes: "):
         language.CausalTokens(tokenizers["bpe"], bos=False, target_bytes=True)
@@ -202,7 +202,7 @@ def test_masks_that_are_there_are_the_ones_that_are_asked_for(tokenizers):
 def test_each_text_is_an_example():
     split = language.Texts(("source", "target"))
     assert split({"source": "a", "target": "b", "id": 1}) == [{"text": "a"}, {"text": "b"}]
-    with pytest.raises(UserError, match="an example has no text 'target'"):
+    with pytest.raises(UserError, match="an example has no text field 'target'"):
         split({"source": "a"})
 
 
@@ -333,9 +333,9 @@ def test_sequence_to_sequence(tokenizers):
     two = language.Seq2Seq(tokens, target_tokenizer=other, decoder_start_id=3)({"source": "a", "target": "Call me"})
     assert two["targets"].tolist() == [*plain(other, "Call me"), other.eos_id]
     assert two["decoder_input_ids"][0] == 3
-    with pytest.raises(UserError, match=r"an example has no text 'source'; did you mean 'sauce'\?"):
+    with pytest.raises(UserError, match=r"an example has no text field 'source'; did you mean 'sauce'\?"):
         language.Seq2Seq(tokens)({"sauce": "a"})
-    with pytest.raises(UserError, match="an example has no text 'target'"):
+    with pytest.raises(UserError, match="an example's field 'target' must be text"):
         language.Seq2Seq(tokens)({"source": "a", "target": 3})
     with pytest.raises(UserError, match="decoder_max_length: 0 is less than 1"):
         language.Seq2Seq(tokens, decoder_max_length=0)

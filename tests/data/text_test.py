@@ -21,7 +21,7 @@ def test_mistakes():
     assert text_of({"text": "a"}, "text") == "a"
     with pytest.raises(UserError, match=r"an example has no text field 'text'; did you mean 'texts'\?"):
         text_of({"texts": "a"}, "text")
-    with pytest.raises(UserError, match="an example has no text 'text'"):
+    with pytest.raises(UserError, match="an example's field 'text' must be text, not"):
         Tokenize(tokenizer.byte_level())({"text": 3})
     with pytest.raises(UserError, match="one field or a pair of fields"):
         Tokenize(tokenizer.byte_level(), ("a", "b", "c"))

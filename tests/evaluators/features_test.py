@@ -51,9 +51,9 @@ def test_what_cannot_see(run, tmp_path):
         TrainedRun(str(run)).check((32, 32, 3), ())
     names = Experiment(load_config(run), workdir=run).label_names
     TrainedRun(str(run)).check((28, 28, 1), names)
-    with pytest.raises(UserError, match=r"tells .* apart; what is drawn is"):
+    with pytest.raises(UserError, match=r"classifies .*, but the samples are of"):
         TrainedRun(str(run)).check((28, 28, 1), names[::-1])
-    with pytest.raises(UserError, match=r"there is no run in '.*nowhere'; train the classifier first"):
+    with pytest.raises(UserError, match=r"no run in '.*nowhere'; train the classifier first"):
         TrainedRun(str(tmp_path / "nowhere"))
 
 
@@ -101,7 +101,7 @@ def test_weights_of_another_network(tmp_path):
     safetensors.numpy.save_file({"x": np.zeros(3, np.float32)}, path)
     with pytest.raises(UserError, match=r"not contain the weights of Inception-v3: it lacks \w+.conv.weight"):
         Inception(str(path))
-    with pytest.raises(UserError, match="images of 1 or 3 channels, not of 4"):
+    with pytest.raises(UserError, match="images of 1 or 3 channels, not 4"):
         Inception(str(tmp_path / "inception.safetensors")).check((8, 8, 4), ())
 
 

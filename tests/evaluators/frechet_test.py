@@ -136,7 +136,7 @@ def test_mistakes(mesh):
     latents = Diffusion(Paints(**SIZES | {"num_channels": 4}, learned_variance=False))
     with pytest.raises(UserError, match="4 channels are latents, not images"):
         Frechet(latents, mesh, real([0]), Pixels(4))
-    with pytest.raises(UserError, match=r"network.size: images of 8 pixels have no 3 squares"):
+    with pytest.raises(UserError, match=r"network.size: images of 8 pixels cannot be divided into 3 squares"):
         Frechet(TASK, mesh, real([0]), Pixels(3))
     with pytest.raises(UserError, match="num_samples: 1 must be at least 2"):
         Frechet(TASK, mesh, real([0]), Pixels(4), num_samples=1)

@@ -84,10 +84,10 @@ def test_the_pictures_show_what_they_say(monkeypatch):
     np.testing.assert_array_equal(shown["counts"], [[4, 0, 0], [0, 4, 1], [0, 0, 2]])
     assert shown["names"] == NAMES
     (image,), (title,) = shown["images"], shown["titles"]
-    assert title.startswith("shoe\nfor bag, ")
+    assert title.startswith("shoe\npredicted bag, ")
     assert title.endswith(" %")
     np.testing.assert_allclose(image, np.full((4, 4, 1), 255) / 255, atol=1e-6)  # example 8
-    assert "the 1 surest of 1 mistakes" in shown["title"]
+    assert "The 1 most confident of 1 errors" in shown["title"]
 
 
 def test_a_model_without_mistakes_has_no_picture_of_them():

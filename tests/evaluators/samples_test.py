@@ -65,7 +65,7 @@ def test_the_picture(mesh, monkeypatch):
     )
     Samples(TASK, mesh, data(), columns=3, real=2)(PARAMS)
     assert seen["names"] == ["disc", "square", "cross"]
-    assert seen["title"] == "drawn: Euler, 1 step; the last columns: real"
+    assert seen["title"] == "samples: Euler, 1 step; the last columns: real"
     assert [row.shape for row in seen["rows"]] == [(6, 8, 8, 1)] * 3
     for i, row in enumerate(seen["rows"]):
         np.testing.assert_allclose(row[:3].mean(), np.clip(0.5 + 0.45 * PARAMS["level"][i], 0, 1), atol=0.1)

@@ -324,7 +324,7 @@ def test_room():
     decoding.check_room(model, 24, Decoding(max_new_tokens=9))
     with pytest.raises(UserError, match=r"max_new_tokens: 10 .* a prompt of 24 tokens, .* 32 positions; set at most 9"):
         decoding.check_room(model, 24, Decoding(max_new_tokens=10))
-    with pytest.raises(UserError, match="the prompt has 32 tokens, and the model positions for 32"):
+    with pytest.raises(UserError, match="the prompt has 32 tokens, but the model has 32 positions"):
         decoding.check_room(model, 32, Decoding(max_new_tokens=1))
     decoding.check_room(MODELS["llama"], 10**6, Decoding())
 

@@ -84,7 +84,9 @@ def small_blocks(monkeypatch):
 def test_every_implementation_equals_the_reference(name, compute, groups, small_blocks):
     structure = STRUCTURES[name]
     inputs = operands(structure, groups)
-    expected = value_and_gradients(functools.partial(attend, structure=structure, implementation="xla"), inputs, structure)
+    expected = value_and_gradients(
+        functools.partial(attend, structure=structure, implementation="xla"), inputs, structure
+    )
     found = value_and_gradients(functools.partial(compute, structure), inputs, structure)
     for theirs, ours in zip(expected, found):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
@@ -136,7 +138,7 @@ def test_long_rows_are_computed_in_blocks_and_short_ones_at_once():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("on, kernel", [("gpu", "cudnn"), ("tpu", "splash"), ("cpu", "xla")])
+@pytest.mark.parametrize(("on", "kernel"), [("gpu", "cudnn"), ("tpu", "splash"), ("cpu", "xla")])
 def test_auto_chooses_the_platforms_kernel_and_another_where_that_cannot(on, kernel, dtype, monkeypatch):
     monkeypatch.setattr(attention, "platform", lambda: on)
     inputs = tuple(operands(STRUCTURES["causal padding"], dtype=dtype))
@@ -148,7 +150,7 @@ def test_auto_chooses_the_platforms_kernel_and_another_where_that_cannot(on, ker
 
 
 @pytest.mark.parametrize(
-    "implementation, message",
+    ("implementation", "message"),
     [
         ("cudn", "unknown implementation 'cudn'; did you mean 'cudnn'?"),
         ("cudnn", "'cudnn' needs a GPU; this is compiled for a CPU"),
@@ -175,7 +177,11 @@ def test_cudnn_equals_the_reference(name, groups):
     structure = STRUCTURES[name]
     inputs = operands(structure, groups, dtype=jnp.bfloat16)
     exact = [x.astype(jnp.float32) for x in inputs]
-    expected = value_and_gradients(functools.partial(attend, structure=structure, implementation="xla"), exact, structure)
-    found = value_and_gradients(functools.partial(attend, structure=structure, implementation="cudnn"), inputs, structure)
+    expected = value_and_gradients(
+        functools.partial(attend, structure=structure, implementation="xla"), exact, structure
+    )
+    found = value_and_gradients(
+        functools.partial(attend, structure=structure, implementation="cudnn"), inputs, structure
+    )
     for theirs, ours in zip(expected, found):
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=5e-2, rtol=5e-2)

@@ -293,3 +293,33 @@ def test_layer_scale_multiplies_what_a_part_adds():
     plain = {name: leaf for name, leaf in params.items() if not name.endswith("_scale")}
     expected = apply(block().clone(norm_first=True), plain, x)
     np.testing.assert_allclose(apply(scaled, ones, x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(10,), (4, 1, 10)])
+def test_norms_have_the_gradients_of_their_formulas(shape):
+    x, scale, bias, weights = 3 + 2 * normal(0, 4, 5, 10), 1 + normal(1, *shape), normal(2, *shape), normal(3, 4, 5, 10)
+
+    def layer(x, scale, bias):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 0.1) * scale + bias
+
+    def rms(x, scale):
+        return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 0.1) * scale
+
+    def gradients(function, *arguments):
+        total = lambda *arguments: (function(*arguments) * weights).sum()  # noqa: E731
+        return jit(jax.grad(total, tuple(range(len(arguments)))))(*arguments)
+
+    for ours, formula, arguments in [
+        (lambda *a: layers.layer_norm(*a, 0.1), layer, (x, scale, bias)),
+        (lambda *a: layers.rms_norm(*a, 0.1), rms, (x, scale)),
+    ]:
+        for mine, expected in zip(gradients(ours, *arguments), gradients(formula, *arguments)):
+            np.testing.assert_allclose(mine, expected, atol=2e-5)
+
+
+def test_norms_keep_their_bfloat16_input_and_no_float32_copies():
+    x, scale = jnp.ones((64, 512), jnp.bfloat16), jnp.ones(512)
+    for norm in (lambda x: layers.layer_norm(x, scale, scale, 1e-6), lambda x: layers.rms_norm(x, scale, 1e-6)):
+        kept = jax.tree.leaves(jax.vjp(norm, x)[1])
+        assert [leaf.dtype for leaf in kept if leaf.size == x.size] == [jnp.bfloat16]

@@ -8,7 +8,7 @@ import pytest
 
 from research.errors import UserError
 from research.models import gpt
-from research.tasks import tokens
+from research.tasks import cross_entropy, tokens
 from research.tasks.causal_lm import CausalLM
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -104,7 +104,7 @@ def test_label_smoothing_is_cross_entropy_with_a_spread_target(smoothing):
     targets = np.array([3, 0, 22, 7])
     spread = (1 - smoothing) * np.eye(V)[targets] + smoothing / V
     expected = -(spread * np.asarray(jax.nn.log_softmax(logits))).sum(-1)
-    losses, right = tokens.token_losses(logits, targets, smoothing)
+    losses, right = cross_entropy.token_losses(logits, targets, smoothing)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     np.testing.assert_array_equal(right, logits.argmax(-1) == targets)
 
@@ -123,3 +123,55 @@ def test_what_is_missing_or_too_long_is_said():
         tokens.check({"input_ids": jax.ShapeDtypeStruct((1, 4), "int32")}, ("input_ids", "targets"))
     with pytest.raises(UserError, match="rows of 10 tokens are longer than the 8 that the model has positions for"):
         CausalLM(gpt.Decoder(V, 16, 1, 2, max_positions=8)).init(jax.random.key(0), spec(batch()))
+
+
+def plain(task, rows):
+    """The loss by its formula, with all logits at once and JAX's own gradient."""
+
+    def loss(p):
+        logits = task.model.apply({"params": p}, rows["input_ids"])
+        log_p, weights = jax.nn.log_softmax(logits), rows["target_mask"] * rows["mask"][:, None]
+        of_target = np.eye(V)[rows["targets"]]
+        losses = -(log_p * of_target).sum(-1) + task.z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
+        return (losses * weights).sum()
+
+    return jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [None, 0, 4])
+def test_the_loss_and_its_gradient_are_those_of_all_logits(tied, chunk):
+    task, rows = CausalLM(model(tie_embeddings=tied), logits_chunk=chunk, z_loss=0.01), batch()
+    values = jit(lambda: task.init(jax.random.key(1), spec(rows)))()
+    loss, gradients = jit(jax.value_and_grad(lambda p: task.loss(p, rows, jax.random.key(0))[0].total))(values)
+    expected_loss, expected = plain(task, rows)(values)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), err_msg=str(path))
+
+
+def test_neither_all_logits_nor_their_gradient_exist(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", 2**15)
+    wide = gpt.Decoder(4096, 16, 1, 2, intermediate_size=16, positions="rotary")
+    rows = {name: np.repeat(x, 16, axis=1) for name, x in batch().items() if x.ndim == 2} | {"mask": np.ones(B)}
+    shapes = jax.eval_shape(lambda: wide.init(jax.random.key(0), rows["input_ids"])["params"])
+
+    def temporaries(chunk):
+        task = CausalLM(wide, logits_chunk=chunk)
+        step = jax.jit(jax.grad(lambda p: task.loss(p, rows, jax.random.key(0))[0].total))
+        return step.lower(shapes).compile().memory_analysis().temp_size_in_bytes
+
+    every = B * T * 16 * 4096 * 4
+    assert temporaries(0) > every
+    assert temporaries(None) < every / 2
+
+
+def test_of_equal_logits_each_is_right_in_its_share():
+    _, right = cross_entropy.token_losses(np.array([[1.0, 2.0, 2.0, 0.0]] * 3, np.float32), np.array([0, 1, 2]))
+    np.testing.assert_array_equal(right, [0, 0.5, 0.5])
+
+
+def test_the_block_shrinks_with_the_vocabulary():
+    assert cross_entropy.block_size(8, 128, 1000) == 128
+    assert cross_entropy.block_size(32, 1024, 50304) == 147
+    assert cross_entropy.block_size(4096, 1024, 250000) == 1

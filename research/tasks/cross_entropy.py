@@ -1,0 +1,135 @@
+"""The cross-entropy over a vocabulary, whose logits and their gradient never exist all at once.
+
+Shape letters: B rows, T positions, D width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research import sharding
+from research.task import Params
+
+# Logits that exist on a device at once, at most: a gigabyte of float32. Each block adds to the gradient of the whole
+# vocabulary's weights, so that many small ones cost more than they save.
+MOST_LOGITS = 2**28
+
+Sums = Callable[..., tuple[jax.Array, ...]]
+
+
+def token_losses(
+    logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Return the cross-entropy of logits [..., V] with targets int [...], and whether the target is the likeliest.
+
+    Args:
+      logits: of any float dtype; computed with in float32.
+      targets: the right ids.
+      label_smoothing: share of the probability spread evenly over the vocabulary (Szegedy 2016, section 7).
+      z_loss: what the squared logarithm of the normaliser is multiplied by before it is added, so that logits stay
+        small (Chowdhery 2022, section 5).
+
+    Returns:
+      two float32 [...]. Of n equal largest logits, one of which is the target's, 1 / n counts as right: those of
+      bfloat16 products are often equal.
+    """
+    logits = logits.astype(jnp.float32)
+    # The largest logit is compared with the target's, as an argmax over a vocabulary is slow on CPUs.
+    largest = jax.lax.stop_gradient(logits.max(axis=-1))
+    normaliser = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(axis=-1))
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    expected = of_target
+    if label_smoothing:
+        expected = (1 - label_smoothing) * of_target + label_smoothing * logits.mean(axis=-1)
+    losses = normaliser - expected
+    if z_loss:
+        losses += z_loss * jnp.square(normaliser)
+    equals = (logits == largest[..., None]).sum(axis=-1, dtype=jnp.float32)
+    return losses, jnp.where(of_target >= largest, 1.0 / equals, 0.0)
+
+
+def block_size(batch: int, length: int, vocab_size: int) -> int:
+    """Return how many positions of every row to compute the logits of at once, such that a device can hold them."""
+    rows = -(-batch // sharding.batch_ways())
+    count = math.ceil(rows * length * vocab_size / MOST_LOGITS)
+    return -(-length // count)
+
+
+def in_blocks(
+    sums: Sums, block: int, params: Params, hidden_BxTxD: jax.Array, *others: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Add up `sums` over blocks of positions; where a gradient is asked for, make it in the same pass.
+
+    Only the first sum has a gradient: by the parameters and by the hidden states.
+
+    Args:
+      sums: maps parameters, hidden states [B, block, D] and the others' blocks to float32 scalars.
+      block: positions.
+      params: the model's parameters, not all of which `sums` needs to use.
+      hidden_BxTxD: hidden states.
+      *others: arrays [B, T]; the last positions may be filled up with zeros.
+    """
+    own, join = _used(sums, params, hidden_BxTxD, *others)
+    blocks = [_split(x, block) for x in (hidden_BxTxD, *others)]
+
+    def value(own: list[jax.Array], blocks: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return _add_up(lambda part: (sums(join(own), *part), None), blocks)[0]
+
+    def forward(own: list[jax.Array], blocks: Sequence[jax.Array]) -> tuple[Any, Any]:
+        def loss(own: list[jax.Array], *part: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            first, *rest = sums(join(own), *part)
+            return first, tuple(rest)
+
+        def one(part: Sequence[jax.Array]) -> tuple[Any, jax.Array]:
+            (first, rest), (by_own, by_hidden) = jax.value_and_grad(loss, (0, 1), has_aux=True)(own, *part)
+            return ((first, *rest), by_own), by_hidden
+
+        (totals, by_own), by_hidden = _add_up(one, blocks)
+        return totals, (by_own, by_hidden)
+
+    def backward(gradients: Any, cotangents: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        by_own, by_hidden = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)
+        return by_own, [by_hidden, *[None] * len(others)]
+
+    total = jax.custom_vjp(value)
+    total.defvjp(forward, backward)
+    return total(own, blocks)
+
+
+def _add_up(one: Callable[[Sequence[jax.Array]], tuple[Any, Any]], blocks: Sequence[jax.Array]) -> tuple[Any, Any]:
+    """Return the sum of what `one` returns first of each block, and all that it returns second, stacked."""
+    if len(blocks[0]) == 1:
+        total, rest = one([x[0] for x in blocks])
+        return total, jax.tree.map(lambda x: x[None], rest)
+    shapes = jax.eval_shape(lambda blocks: one([x[0] for x in blocks])[0], blocks)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def step(total: Any, part: Sequence[jax.Array]) -> tuple[Any, Any]:
+        new, rest = one(part)
+        return jax.tree.map(jnp.add, total, new), rest
+
+    return jax.lax.scan(step, zeros, blocks)
+
+
+def _split(x: jax.Array, block: int) -> jax.Array:
+    """Reshape [B, T, ...] to [blocks, B, block, ...], filled up with zeros."""
+    count = -(-x.shape[1] // block)
+    x = jnp.pad(x, [(0, 0), (0, count * block - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], count, block, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _used(sums: Sums, params: Params, *arguments: jax.Array) -> tuple[list[jax.Array], Callable[[list], Params]]:
+    """Return the leaves of the parameters that `sums` uses, so that none else gets a gradient, and how to join them."""
+    leaves, tree = jax.tree.flatten(params)
+    jaxpr = jax.make_jaxpr(sums)(params, *arguments).jaxpr
+    read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {id(x) for x in jaxpr.outvars}
+    uses = [id(variable) in read for variable in jaxpr.invars[: len(leaves)]]
+
+    def join(own: list[jax.Array]) -> Params:
+        rest = iter(own)
+        return jax.tree.unflatten(tree, [next(rest) if use else None for use in uses])
+
+    return [leaf for leaf, use in zip(leaves, uses) if use], join
