@@ -47,23 +47,19 @@ class Embeddings(nn.Module):
         positions_BxT: jax.Array | None,
     ) -> jax.Array:
         """Map token ids [B, T] to [B, T, D]."""
-        if positions_BxT is None:
-            positions_BxT = self._positions(input_ids_BxT)
-        elif self.position_offset is not None:
-            positions_BxT += self.position_offset + 1
-        x_BxTxD = self.word(input_ids_BxT) + self.position(positions_BxT)
+        x_BxTxD = self.word(input_ids_BxT) + self._positions(input_ids_BxT, positions_BxT)
         if self.num_token_types:
-            x_BxTxD += self.token_type(
-                jnp.zeros_like(input_ids_BxT) if token_type_ids_BxT is None else token_type_ids_BxT
-            )
+            x_BxTxD += self.token_type.first(1) if token_type_ids_BxT is None else self.token_type(token_type_ids_BxT)
         return self.drop(self.norm(x_BxTxD))
 
-    def _positions(self, input_ids_BxT: jax.Array) -> jax.Array:
-        """Positions from 0; or, with an offset p, RoBERTa's: padding (id p) sits at p, the rest counts from p + 1."""
+    def _positions(self, input_ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
+        """Embed positions, from 0; or, with an offset p, as RoBERTa: padding, id p, at p, the rest from p + 1 on."""
+        if positions_BxT is not None:
+            return self.position(positions_BxT + (0 if self.position_offset is None else self.position_offset + 1))
         if self.position_offset is None:
-            return jnp.broadcast_to(jnp.arange(input_ids_BxT.shape[1]), input_ids_BxT.shape)
+            return self.position.first(input_ids_BxT.shape[1])
         real_BxT = (input_ids_BxT != self.position_offset).astype(jnp.int32)
-        return jnp.cumsum(real_BxT, axis=1) * real_BxT + self.position_offset
+        return self.position(jnp.cumsum(real_BxT, axis=1) * real_BxT + self.position_offset)
 
 
 class Encoder(nn.Module):

@@ -181,6 +181,12 @@ class Embedding(nn.Module):
         """Map integers [...] to [..., features]."""
         return jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
 
+    def first(self, count: int) -> jax.Array:
+        """Return what the ids 0, 1, ... map to, [count, features], without a lookup, whose gradient is slow on GPUs."""
+        if count > self.vocab_size:
+            return self(jnp.arange(count))
+        return self.embedding[:count].astype(self.dtype)
+
     def attend(self, x: jax.Array) -> jax.Array:
         """Map [..., features] to its products with every row of the table, [..., vocabulary] in `dtype`."""
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)

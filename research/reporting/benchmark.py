@@ -19,23 +19,25 @@ from research.runtime import allocator
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def run(command: Sequence[object], threads: int) -> dict[str, Any]:
-    """Run a program, bound to the first `threads` cores, and return the JSON object in the last line that it prints.
+def run(command: Sequence[object], threads: int | None) -> dict[str, Any]:
+    """Run a program and return the JSON object in the last line that it prints, with `start`, in ISO 8601, added.
 
-    Memory is kept between steps, as `allocator.keep` does for this project's runs, whatever the program.
-    `start`, in ISO 8601, is added to it.
+    Where `threads` is a number it runs on that many of the first cores and no other device; where it is None, on all
+    that there is. Memory is kept between steps, as `allocator.keep` does for this project's runs, whatever the program.
 
     Raises:
       UserError: the program fails; the end of what it said is quoted.
     """
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    counts = {"OMP_NUM_THREADS": str(threads), "NPROC": str(threads)}  # of PyTorch, and of XLA on a CPU
-    settings = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    settings["GLIBC_TUNABLES"] = allocator.TUNABLES
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "GLIBC_TUNABLES": allocator.TUNABLES}
+    if threads is not None:
+        settings["JAX_PLATFORMS"] = "cpu"
+        settings |= {"OMP_NUM_THREADS": str(threads), "NPROC": str(threads)}  # of PyTorch, and of XLA on a CPU
     start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     process = subprocess.run(
         [str(part) for part in command],
-        env=os.environ | counts | settings,
+        env=os.environ | settings,
         capture_output=True,
         text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
@@ -57,7 +59,7 @@ def record(
     Args:
       folder: where to write; it is made.
       config: what was measured.
-      said: what `run` returned, with the program's "packages" and their versions.
+      said: what `run` returned, with the program's "packages" and their versions, and its "device" if not the CPU.
       result: what goes into result.json, beside its "step" and "metrics".
       rows: the lines of metrics.jsonl.
     """
@@ -68,7 +70,7 @@ def record(
         "git": git_revision(),
         "python": platform.python_version(),
         "packages": said["packages"],
-        "devices": {"kind": "cpu", "count": 1, "hosts": 1},
+        "devices": {"kind": said.get("device", "cpu"), "count": 1, "hosts": 1},
         "seed": 0,
         "start": said["start"],
         "ended": "finished",
