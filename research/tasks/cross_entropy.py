@@ -3,6 +3,7 @@
 Shape letters: B rows, T positions, D width, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ MOST_LOGITS = 2**28
 Sums = Callable[..., tuple[jax.Array, ...]]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def token_losses(
     logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
@@ -36,19 +38,46 @@ def token_losses(
       two float32 [...]. Of n equal largest logits, one of which is the target's, 1 / n counts as right: those of
       bfloat16 products are often equal.
     """
-    logits = logits.astype(jnp.float32)
-    # The largest logit is compared with the target's, as an argmax over a vocabulary is slow on CPUs.
-    largest = jax.lax.stop_gradient(logits.max(axis=-1))
-    normaliser = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(axis=-1))
-    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    losses, right, _ = _forward(logits, targets, label_smoothing, z_loss)
+    return losses, right
+
+
+def _forward(
+    logits: jax.Array, targets: jax.Array, label_smoothing: float, z_loss: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the losses, what is right and the logarithms of the normalisers, in two passes over the logits."""
+    # The largest logit is compared with the target's, as an argmax over a vocabulary is slow on CPUs. What is picked is
+    # picked before the conversion, so that no compiler keeps a converted copy for it.
+    largest = logits.max(axis=-1).astype(jnp.float32)
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0].astype(jnp.float32)
+    precise = logits.astype(jnp.float32)
+    normaliser = largest + jnp.log(jnp.exp(precise - largest[..., None]).sum(axis=-1))
+    equals = (precise == largest[..., None]).sum(axis=-1, dtype=jnp.float32)
     expected = of_target
     if label_smoothing:
-        expected = (1 - label_smoothing) * of_target + label_smoothing * logits.mean(axis=-1)
-    losses = normaliser - expected
-    if z_loss:
-        losses += z_loss * jnp.square(normaliser)
-    equals = (logits == largest[..., None]).sum(axis=-1, dtype=jnp.float32)
-    return losses, jnp.where(of_target >= largest, 1.0 / equals, 0.0)
+        expected = (1 - label_smoothing) * of_target + label_smoothing * precise.mean(axis=-1)
+    losses = normaliser - expected + z_loss * jnp.square(normaliser)
+    return losses, jnp.where(of_target >= largest, 1.0 / equals, 0.0), normaliser
+
+
+def _keep(logits: jax.Array, targets: jax.Array, label_smoothing: float, z_loss: float) -> tuple[Any, Any]:
+    losses, right, normaliser = _forward(logits, targets, label_smoothing, z_loss)
+    return (losses, right), (logits, targets, normaliser)
+
+
+def _backward(label_smoothing: float, z_loss: float, kept: Any, cotangents: Any) -> tuple[jax.Array, None]:
+    """Return the gradient by the logits in one pass over them: the probabilities less what they should be."""
+    logits, targets, normaliser = kept
+    probabilities = jnp.exp(logits.astype(jnp.float32) - normaliser[..., None])
+    vocab_size = logits.shape[-1]
+    is_target = targets[..., None] == jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    wanted = jnp.where(is_target, 1.0 - label_smoothing, 0.0) + label_smoothing / vocab_size
+    scale = 1.0 + 2.0 * z_loss * normaliser[..., None]
+    gradient = cotangents[0][..., None] * (scale * probabilities - wanted)
+    return gradient.astype(logits.dtype), None
+
+
+token_losses.defvjp(_keep, _backward)
 
 
 def block_size(batch: int, length: int, vocab_size: int) -> int:
