@@ -69,7 +69,9 @@ def main() -> None:
             ours, theirs = (run(arguments, name, side, number) for side in SIDES)
             if ours and theirs:
                 memory = ours["peak_memory_bytes"] / theirs["peak_memory_bytes"] if theirs["peak_memory_bytes"] else 0.0
-                print(f"{name}  speed ratio {ours['speed'] / theirs['speed']:.2f}, memory ratio {memory:.2f}", flush=True)
+                print(
+                    f"{name}  speed ratio {ours['speed'] / theirs['speed']:.2f}, memory ratio {memory:.2f}", flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -87,7 +87,11 @@ def make_of_text(work: Workload) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     if work.kind == "bert":
         config = transformers.BertConfig(vocab_size=work.vocab_size, **sizes(work))
         model = transformers.BertForSequenceClassification(config)
-        return Lossy(model, lambda m, x, mask, y: m(x, attention_mask=mask, labels=y).loss), (source, ones, ids[:, 0] % 2)
+        return Lossy(model, lambda m, x, mask, y: m(x, attention_mask=mask, labels=y).loss), (
+            source,
+            ones,
+            ids[:, 0] % 2,
+        )
     config = transformers.T5Config(
         vocab_size=work.vocab_size,
         d_model=work.hidden_size,
@@ -101,7 +105,11 @@ def make_of_text(work: Workload) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     )
     targets = torch.randint(5, work.vocab_size, (work.batch_size, work.target_length), device=DEVICE)
     model = transformers.T5ForConditionalGeneration(config)
-    return Lossy(model, lambda m, x, mask, y: m(input_ids=x, attention_mask=mask, labels=y).loss), (source, ones, targets)
+    return Lossy(model, lambda m, x, mask, y: m(input_ids=x, attention_mask=mask, labels=y).loss), (
+        source,
+        ones,
+        targets,
+    )
 
 
 def make_of_images(work: Workload) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:

@@ -123,7 +123,7 @@ def attend(
       scale: what scores are multiplied by; K ** -0.5 where it is None.
       dropout: of the weights; None for none.
       implementation: "xla"; "chunked": the same for a few queries at a time, so that memory grows with the length and
-        not with its square; "cudnn", on GPUs, and "splash", on TPUs: kernels; "auto" chooses.
+        not with its square; "cudnn" and "flash", on GPUs, and "splash", on TPUs: kernels; "auto" chooses.
 
     Raises:
       UserError: the implementation cannot compute this; the message says why.
@@ -144,9 +144,9 @@ Operands = tuple[jax.Array, jax.Array, jax.Array]
 
 def choose(operands: Operands, structure: Structure, bias: jax.Array | None, dropout: DropWeights | None) -> str:
     """Return the implementation that is best on the platform: its kernel where that serves and pays."""
-    kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform())
-    if kernel and obstacle(kernel, operands, structure, bias, dropout) is None:
-        return kernel
+    for kernel in KERNELS.get(platform(), ()):
+        if obstacle(kernel, operands, structure, bias, dropout) is None:
+            return kernel
     query, key, _ = operands
     return "chunked" if query.shape[1] >= BLOCK // key.shape[1] and key.shape[1] >= LONG else "xla"
 
@@ -161,13 +161,12 @@ def obstacle(
     """Return why an implementation cannot compute this, or None."""
     if implementation in ("xla", "chunked"):
         return None
-    if dropout is not None:
+    if dropout is not None and implementation != "flash":
         return "has no dropout of attention weights"
     if structure.start is not None:
         return "has no cache of keys and values"
-    return (kernels.cudnn_obstacle if implementation == "cudnn" else kernels.splash_obstacle)(
-        *operands, structure, bias, platform()
-    )
+    asked = {"cudnn": kernels.cudnn_obstacle, "flash": kernels.flash_obstacle, "splash": kernels.splash_obstacle}
+    return asked[implementation](*operands, structure, bias, platform())
 
 
 def xla(
@@ -280,21 +279,22 @@ def _dropped(dropout: DropWeights | None, length: int, start: jax.Array | int) -
     return apply
 
 
-def _cudnn(*args: Any) -> jax.Array:
-    return kernels.cudnn(*args[:-1])
-
-
-def _splash(*args: Any) -> jax.Array:
-    return kernels.splash(*args[:-1])
-
-
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": _whole,
     "chunked": chunked,
-    "cudnn": _cudnn,
-    "splash": _splash,
+    "cudnn": lambda query, key, value, structure, bias, scale, dropout: kernels.cudnn(
+        query, key, value, structure, bias, scale
+    ),
+    "flash": lambda query, key, value, structure, bias, scale, dropout: kernels.flash(
+        query, key, value, structure, scale, dropout
+    ),
+    "splash": lambda query, key, value, structure, bias, scale, dropout: kernels.splash(
+        query, key, value, structure, bias, scale
+    ),
 }
 NAMES = ("auto", *IMPLEMENTATIONS)
+# Best first. On an H200, 32 rows of 1,024 causal tokens in 12 heads of 64 took cuDNN 0.83 ms forwards and backwards.
+KERNELS = {"gpu": ("cudnn", "flash"), "tpu": ("splash",)}
 
 
 class CacheIndex(nn.Module):

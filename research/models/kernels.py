@@ -1,10 +1,11 @@
-"""Kernels for attention: cuDNN's on GPUs and splash attention on TPUs.
+"""Kernels for attention: cuDNN's and `flash` on GPUs, splash attention on TPUs.
 
 Shape letters as in `layers`. Operands are [B, T, H, K], [B, S, G, K] and [B, S, G, K]; `attention.attend` says what is
 computed, and asks here first what a kernel cannot do.
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,8 +13,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
+from research.models import flash as flash_kernel
+from research.models.layers import words
+
 if TYPE_CHECKING:
-    from research.models.attention import Structure
+    from research.models.attention import DropWeights, Structure
 
 LANES = 128  # of a TPU's vector registers
 SPLASH_BLOCK = 512
@@ -23,12 +27,11 @@ def cudnn_obstacle(
     query: jax.Array, key: jax.Array, value: jax.Array, structure: "Structure", bias: jax.Array | None, on: str
 ) -> str | None:
     """Return why cuDNN cannot compute this, or None; `on` is the platform."""
-    width, lengths = query.shape[-1], (query.shape[1], key.shape[1])
+    width = query.shape[-1]
     reasons = {
         f"needs a GPU; this is compiled for a {on.upper()}": on != "gpu",
         f"computes in 16 bits, and dtype is {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
         f"needs heads of a width that is a multiple of 8 up to 256, not {width}": width % 8 or width > 256,
-        f"needs even lengths where there is a bias, not {lengths}": bias is not None and any(n % 2 for n in lengths),
         "has no window without causality": structure.window is not None and not structure.causal,
         "has no rows of several documents": structure.packed and structure.keys_BxS is not None,
     }
@@ -43,14 +46,19 @@ def cudnn(
     bias: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Compute attention by cuDNN's flash attention."""
+    """Compute attention by cuDNN's flash attention; odd lengths, which it has no backward pass for, are filled up."""
+    length, size = query.shape[1], key.shape[1]
     lengths: tuple[jax.Array, ...] | tuple[None, None] = (None, None)
     if structure.keys_BxS is not None and structure.queries_BxT is not None:
         numbers = [structure.queries_BxT, structure.keys_BxS]
         lengths = tuple((x != 0).sum(axis=1, dtype=jnp.int32) for x in numbers)
         query = _refused(query, numbers)
+    elif length % 2 or size % 2:
+        lengths = tuple(jnp.full(len(query), n, jnp.int32) for n in (length, size))
     if bias is not None:
-        bias = jnp.broadcast_to(bias, (*bias.shape[:2], query.shape[1], key.shape[1])).astype(query.dtype)
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], length, size)).astype(query.dtype)
+        bias = _filled(_filled(bias, 2, 2), 3, 2)
+    query, key, value = (_filled(x, 1, 2) for x in (query, key, value))
     return jax.nn.dot_product_attention(
         query,
         key,
@@ -62,7 +70,7 @@ def cudnn(
         key_value_seq_lengths=lengths[1],
         local_window_size=None if structure.window is None else (structure.window - 1, 0),
         implementation="cudnn",
-    )
+    )[:, :length]
 
 
 def _refused(query: jax.Array, numbers: list[jax.Array]) -> jax.Array:
@@ -104,30 +112,102 @@ def splash(
     """
     del bias  # refused above
     length, size = query.shape[1], key.shape[1]
-    numbers = [
+    operands = [query * scale, key, value, *_numbers(query, key, structure)]
+    filled = [_filled(x, 1, SPLASH_BLOCK if x.shape[1] > SPLASH_BLOCK else LANES) for x in operands]
+    whole = structure.keys_BxS is None and filled[1].shape[1] == size
+    attend = functools.partial(_splash_part, structure.causal, structure.window, whole, interpret)
+    return _on_each_device(attend, *filled)[:, :length]
+
+
+def _numbers(query: jax.Array, key: jax.Array, structure: "Structure") -> list[jax.Array]:
+    """Return the document numbers of queries and keys, int32, where there are none 1."""
+    return [
         jnp.ones(x.shape[:2], jnp.int32) if given is None else given.astype(jnp.int32)
         for x, given in ((query, structure.queries_BxT), (key, structure.keys_BxS))
     ]
-    filled = [_filled(x, 1) for x in (query * scale, key, value, *numbers)]
-    whole = structure.keys_BxS is None and filled[1].shape[1] == size
-    attend = functools.partial(_splash_part, structure.causal, structure.window, whole, interpret)
+
+
+def _on_each_device(
+    attend: Callable[..., jax.Array], query: jax.Array, key: jax.Array, *others: jax.Array
+) -> jax.Array:
+    """Call a kernel that compilers cannot split with each device's rows and heads.
+
+    Args:
+      attend: takes queries, keys and the `others`.
+      query: [B, T, H, K].
+      key: [B, S, G, K].
+      *others: values [B, S, G, K], and arrays [B, ...] of rows.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        batch = ("data", "fsdp") if query.shape[0] % rows == 0 else None
-        ways = mesh.shape["model"]
-        heads = "model" if query.shape[2] % ways == 0 and key.shape[2] % ways == 0 else None
-        wide, narrow = P(batch, None, heads, None), P(batch, None)
-        attend = jax.shard_map(attend, in_specs=(wide, wide, wide, narrow, narrow), out_specs=wide, check_vma=False)
-    return attend(*filled)[:, :length]
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return attend(query, key, *others)
+    batch, heads = _axes(query, key)
+    wide = P(batch, None, heads, None)
+    specs = [wide if x.ndim == 4 else P(batch, *[None] * (x.ndim - 1)) for x in (query, key, *others)]
+    return jax.shard_map(attend, in_specs=tuple(specs), out_specs=wide, check_vma=False)(query, key, *others)
 
 
-def _filled(x: jax.Array, axis: int) -> jax.Array:
-    """Fill an axis up with zeros: to a multiple of the vector registers, of whole blocks where there are several."""
-    size = x.shape[axis]
-    unit = SPLASH_BLOCK if size > SPLASH_BLOCK else LANES
-    widths = [(0, -size % unit if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths)
+def _axes(query: jax.Array, key: jax.Array) -> tuple[tuple[str, str] | None, str | None]:
+    """Return the axes of the mesh over which rows and heads are split; None where they do not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, ways = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["model"]
+    return (
+        ("data", "fsdp") if query.shape[0] % rows == 0 else None,
+        "model" if query.shape[2] % ways == 0 and key.shape[2] % ways == 0 else None,
+    )
+
+
+def _filled(x: jax.Array, axis: int, unit: int) -> jax.Array:
+    """Fill an axis up with zeros to a multiple of `unit`."""
+    return jnp.pad(x, [(0, -n % unit if i == axis else 0) for i, n in enumerate(x.shape)])
+
+
+def flash_obstacle(
+    query: jax.Array, key: jax.Array, value: jax.Array, structure: "Structure", bias: jax.Array | None, on: str
+) -> str | None:
+    """Return why `flash` cannot compute this, or None; `on` is the platform."""
+    width = query.shape[-1]
+    reasons = {
+        f"needs a GPU; this is compiled for a {on.upper()}": on != "gpu",
+        f"computes in 16 bits, and dtype is {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
+        f"needs heads of a width of 16, 32, 64 or 128, not {width}": width not in (16, 32, 64, 128),
+        "has no bias": bias is not None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def flash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    structure: "Structure",
+    scale: float,
+    dropout: "DropWeights | None",
+    interpret: bool = False,
+) -> jax.Array:
+    """Compute attention by `flash.flash`; each device its own share, with the dropout of the whole."""
+    options = flash_kernel.Options(
+        causal=structure.causal,
+        window=structure.window,
+        scale=scale,
+        rate=dropout.rate if dropout else 0.0,
+        heads=query.shape[2],
+        lengths=(query.shape[1], key.shape[1]),
+        interpret=interpret,
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    split = _axes(query, key) if not mesh.empty and mesh.size > 1 and not mesh.manual_axes else (None, None)
+    first, second = words(dropout.key) if dropout else (jnp.uint32(0), jnp.uint32(0))
+
+    def attend(
+        query: jax.Array, key: jax.Array, value: jax.Array, queries_BxT: jax.Array, keys_BxS: jax.Array
+    ) -> jax.Array:
+        shares = zip(split, (query.shape[0], query.shape[2]))
+        begin = [jnp.uint32(jax.lax.axis_index(axes) * size if axes else 0) for axes, size in shares]
+        seed = jnp.stack([first, second, *begin])
+        return flash_kernel.flash(query, key, value, queries_BxT, keys_BxS, seed, options)
+
+    return _on_each_device(attend, query, key, value, *_numbers(query, key, structure))
 
 
 def _splash_part(

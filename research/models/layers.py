@@ -91,7 +91,7 @@ def drop(x: jax.Array, key: jax.Array, rate: float, positions: jax.Array) -> jax
     What is dropped is a function of the key and of uint32 `positions`, as large as x, alone: a part of an array, given
     its positions in the whole, is treated as it would be there.
     """
-    keep = _random_bits(key, positions) >= jnp.uint32(round(rate * 2**32))
+    keep = random_bits(*words(key), positions) >= jnp.uint32(round(rate * 2**32))
     return jnp.where(keep, x * (1.0 / (1.0 - rate)), jnp.zeros_like(x))
 
 
@@ -104,17 +104,22 @@ def flat_positions(shape: tuple[int, ...]) -> jax.Array:
     return positions
 
 
-def _random_bits(key: jax.Array, positions: jax.Array) -> jax.Array:
-    """Return uint32 bits, a hash of the key and the positions, by the rounds of lowbias32 (Wellons 2018).
+def random_bits(first: jax.Array, second: jax.Array, positions: jax.Array) -> jax.Array:
+    """Return uint32 bits, a hash of two words and the positions, by the rounds of lowbias32 (Wellons 2018).
 
     Threefry would do, but took a CPU three seconds longer to compile and a tenth of a step longer to run; a mask needs
     no more than bits that are even and unrelated between positions and keys.
     """
-    first, second = jax.random.key_data(key).reshape(-1)[:2].astype(jnp.uint32)
     bits = positions ^ first
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D) + second
     bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
     return bits ^ (bits >> 16)
+
+
+def words(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the two words of a key that `random_bits` takes."""
+    first, second = jax.random.key_data(key).reshape(-1)[:2].astype(jnp.uint32)
+    return first, second
 
 
 def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
