@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace, name: str, side: str, number: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="default: all")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default: both")
     parser.add_argument("--peer-python", type=pathlib.Path, default=sys.executable, help="default: this one")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/gpu_speed"), help="the records")
     parser.add_argument("--rounds", type=int, default=1, help="how often each side runs (default: 1)")
@@ -66,7 +67,8 @@ def main() -> None:
         parser.error("--rounds and --steps are at least 1")
     for name in arguments.workloads:
         for number in range(arguments.rounds):
-            ours, theirs = (run(arguments, name, side, number) for side in SIDES)
+            results = {side: run(arguments, name, side, number) for side in arguments.sides}
+            ours, theirs = (results.get(side) for side in SIDES)
             if ours and theirs:
                 memory = ours["peak_memory_bytes"] / theirs["peak_memory_bytes"] if theirs["peak_memory_bytes"] else 0.0
                 print(

@@ -49,7 +49,7 @@ class Embeddings(nn.Module):
         """Map token ids [B, T] to [B, T, D]."""
         x_BxTxD = self.word(input_ids_BxT) + self._positions(input_ids_BxT, positions_BxT)
         if self.num_token_types:
-            x_BxTxD += self.token_type.first(1) if token_type_ids_BxT is None else self.token_type(token_type_ids_BxT)
+            x_BxTxD += self.token_type.first() if token_type_ids_BxT is None else self.token_type(token_type_ids_BxT)
         return self.drop(self.norm(x_BxTxD))
 
     def _positions(self, input_ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
@@ -57,7 +57,7 @@ class Embeddings(nn.Module):
         if positions_BxT is not None:
             return self.position(positions_BxT + (0 if self.position_offset is None else self.position_offset + 1))
         if self.position_offset is None:
-            return self.position.first(input_ids_BxT.shape[1])
+            return self.position(jnp.broadcast_to(jnp.arange(input_ids_BxT.shape[1]), input_ids_BxT.shape))
         real_BxT = (input_ids_BxT != self.position_offset).astype(jnp.int32)
         return self.position(jnp.cumsum(real_BxT, axis=1) * real_BxT + self.position_offset)
 

@@ -19,7 +19,9 @@ from research.models.layers import random_bits
 
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # of scores; finite, so that the difference of two is no NaN
-WIDE, NARROW = 128, 64  # blocks: of what a program holds, and of what it goes through
+# Blocks: of what a program holds, and of what it goes through. On an H200 32 packed rows of 1,024 tokens in 12 heads of 64
+# took 0.58 ms forwards and backwards; 0.79 with 128 and 64, 1.28 with 128 and 128, 0.61 with 64 and 32.
+WIDE, NARROW = 64, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,8 +353,7 @@ def _query_kernel(
         columns = index * sizes[1] + jnp.arange(sizes[1])
         key, value = key_ref[part, :], value_ref[part, :]
         visible = _visible(options, rows, columns, (of_query, keys_ref[part]))
-        where = (rows, columns, visible, seed)
-        _, by_score = _by_score(options, query, key, value, cotangent, log_sum, along, *where)
+        _, by_score = _by_score(options, query, key, value, cotangent, log_sum, along, rows, columns, visible, seed)
         return by_query + triton.dot(by_score.astype(key.dtype), key)
 
     start = jnp.zeros(query.shape, jnp.float32)
@@ -386,9 +387,8 @@ def _key_kernel(
         rows = index * sizes[0] + jnp.arange(sizes[0])
         query, cotangent = query_ref[part, :], cotangent_ref[part, :]
         visible = _visible(options, rows, columns, (queries_ref[part], of_key))
-        where = (rows, columns, visible, seed)
         statistics = log_sum_ref[part], along_ref[part]
-        weights, by_score = _by_score(options, query, key, value, cotangent, *statistics, *where)
+        weights, by_score = _by_score(options, query, key, value, cotangent, *statistics, rows, columns, visible, seed)
         by_value += triton.dot(weights.astype(cotangent.dtype).T, cotangent)
         by_key += triton.dot(by_score.astype(query.dtype).T, query)
         return by_key, by_value

@@ -168,13 +168,12 @@ class Decoder(nn.Module):
             window=self.sliding_window,
             packed=positions_BxT is not None,
         )
-        counted = positions_BxT is None and attention_mask_BxS is None and index is None
         if positions_BxT is None:
             positions_BxT = positions(attention_mask_BxS, input_ids_BxT.shape, 0 if index is None else index)
         x_BxTxD = self.word(input_ids_BxT) * jnp.asarray(self.embedding_scale, self.dtype)
         rotary = None
         if self.positions == "learned":
-            x_BxTxD += self.position.first(length) if counted else self.position(positions_BxT)
+            x_BxTxD += self.position(positions_BxT)
         else:
             width = self.head_width or self.hidden_size // self.num_heads
             rotary = rotary_angles(positions_BxT, width, self.rope_theta, self.rope_scaling)

@@ -49,6 +49,32 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
+def in_float32(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return an elementwise function of 16-bit arrays that is computed in float32 and rounded once.
+
+    Its backward pass keeps the arguments alone and computes the rest again: what a GELU would keep takes as much as its
+    argument does, and time to write and read. Functions of float32 arrays stay as they are, as CPUs are bound by
+    arithmetic.
+    """
+
+    @jax.custom_vjp
+    def rounded(*arguments: jax.Array) -> jax.Array:
+        dtype = arguments[0].dtype
+        return function(*(x.astype(jnp.float32) for x in arguments)).astype(dtype)
+
+    def backward(arguments: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+        arguments = jax.lax.optimization_barrier(arguments)  # or the compiler keeps what is to be recomputed
+        _, transpose = jax.vjp(rounded.fun, *arguments)
+        return transpose(cotangent)
+
+    rounded.defvjp(lambda *arguments: (rounded(*arguments), arguments), backward)
+
+    def chosen(*arguments: jax.Array) -> jax.Array:
+        return (function if arguments[0].dtype == jnp.float32 else rounded)(*arguments)
+
+    return chosen
+
+
 class Dropout(nn.Module):
     """Dropout (Srivastava 2014) that acts where a "dropout" key is given."""
 
@@ -186,11 +212,9 @@ class Embedding(nn.Module):
         """Map integers [...] to [..., features]."""
         return jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
 
-    def first(self, count: int) -> jax.Array:
-        """Return what the ids 0, 1, ... map to, [count, features], without a lookup, whose gradient is slow on GPUs."""
-        if count > self.vocab_size:
-            return self(jnp.arange(count))
-        return self.embedding[:count].astype(self.dtype)
+    def first(self) -> jax.Array:
+        """Return what the id 0 maps to, [features]."""
+        return self.embedding[0].astype(self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Map [..., features] to its products with every row of the table, [..., vocabulary] in `dtype`."""
@@ -324,8 +348,9 @@ class MLP(nn.Module):
         activate = activation(self.activation)
         h_BxTxF = dense(self.hidden_size, kernel_init=self.kernel_init, name="up")(x_BxTxD)
         if self.gated:
-            h_BxTxF *= activate(dense(self.hidden_size, kernel_init=self.kernel_init, name="gate")(x_BxTxD))
+            gate_BxTxF = dense(self.hidden_size, kernel_init=self.kernel_init, name="gate")(x_BxTxD)
+            h_BxTxF = in_float32(lambda h, gate: h * activate(gate))(h_BxTxF, gate_BxTxF)
         else:
-            h_BxTxF = activate(h_BxTxF)
+            h_BxTxF = in_float32(activate)(h_BxTxF)
         h_BxTxF = Dropout(self.dropout, name="dropout")(h_BxTxF)
         return dense(x_BxTxD.shape[-1], kernel_init=self.out_init or self.kernel_init, name="down")(h_BxTxF)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from research import sharding
 from research.task import Params
 
-# Logits that exist on a device at once, at most: a gigabyte of float32. Each block adds to the gradient of the whole
-# vocabulary's weights, so that many small ones cost more than they save.
-MOST_LOGITS = 2**28
+# Bytes of logits that exist on a device at once, at most. Each block adds to the gradient of the whole vocabulary's
+# weights, so that many small ones cost more than they save.
+MOST_BYTES = 2**30
 
 Sums = Callable[..., tuple[jax.Array, ...]]
 
@@ -80,10 +80,16 @@ def _backward(label_smoothing: float, z_loss: float, kept: Any, cotangents: Any)
 token_losses.defvjp(_keep, _backward)
 
 
-def block_size(batch: int, length: int, vocab_size: int) -> int:
-    """Return how many positions of every row to compute the logits of at once, such that a device can hold them."""
+def block_size(shape: tuple[int, int, int], dtype: Any) -> int:
+    """Return how many positions of every row to compute the logits of at once, so that a device can hold them.
+
+    Args:
+      shape: of all logits, [B, T, V].
+      dtype: of the product that makes them.
+    """
+    batch, length, vocab_size = shape
     rows = -(-batch // sharding.batch_ways())
-    count = math.ceil(rows * length * vocab_size / MOST_LOGITS)
+    count = math.ceil(rows * length * vocab_size * jnp.dtype(dtype).itemsize / MOST_BYTES)
     return -(-length // count)
 
 

@@ -79,10 +79,10 @@ def score(
         plain = token_losses(logits_BxTxV, targets)[0] if label_smoothing or z_loss else losses
         return tuple(jnp.where(weights != 0, x * weights, 0.0).sum() for x in (losses, plain, correct))
 
-    batch_size, length = targets_BxT.shape
+    length = targets_BxT.shape[1]
     if chunk is None:
-        vocab_size = jax.eval_shape(functools.partial(logits, model), params, hidden_BxTxD).shape[-1]
-        chunk = block_size(batch_size, length, vocab_size)
+        every = jax.eval_shape(functools.partial(logits, model), params, hidden_BxTxD)
+        chunk = block_size(every.shape, hidden_BxTxD.dtype)
     loss, plain, correct = in_blocks(sums, chunk or length, params, hidden_BxTxD, targets_BxT, weights_BxT)
     count = weights_BxT.sum()
     means = {"loss": Mean(loss, count), "accuracy": Mean(correct, count)}

@@ -151,7 +151,7 @@ def test_the_loss_and_its_gradient_are_those_of_all_logits(tied, chunk):
 
 
 def test_neither_all_logits_nor_their_gradient_exist(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", 2**15)
+    monkeypatch.setattr(cross_entropy, "MOST_BYTES", 2**17)
     wide = gpt.Decoder(4096, 16, 1, 2, intermediate_size=16, positions="rotary")
     rows = {name: np.repeat(x, 16, axis=1) for name, x in batch().items() if x.ndim == 2} | {"mask": np.ones(B)}
     shapes = jax.eval_shape(lambda: wide.init(jax.random.key(0), rows["input_ids"])["params"])
@@ -172,6 +172,7 @@ def test_of_equal_logits_each_is_right_in_its_share():
 
 
 def test_the_block_shrinks_with_the_vocabulary():
-    assert cross_entropy.block_size(8, 128, 1000) == 128
-    assert cross_entropy.block_size(32, 1024, 50304) == 147
-    assert cross_entropy.block_size(4096, 1024, 250000) == 1
+    assert cross_entropy.block_size((8, 128, 1000), "float32") == 128
+    assert cross_entropy.block_size((32, 1024, 50304), "bfloat16") == 256
+    assert cross_entropy.block_size((32, 1024, 50304), "float32") == 147
+    assert cross_entropy.block_size((4096, 1024, 250000), "float32") == 1
