@@ -9,7 +9,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from research.errors import UserError, nearest
 from research.models.attention import EVERYTHING, Structure
@@ -157,7 +156,7 @@ def _scan(
     def step(
         block: nn.Module, x: jax.Array, context: dict[str, Any], own: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array | None]:
-        x = _placed(block(_placed(x), **context, **own))
+        x = constrain(block(constrain(x, *ROWS), **context, **own), *ROWS)
         return x, x if every else None
 
     unroll = min(unroll or default_unroll(num_layers), num_layers)
@@ -173,16 +172,6 @@ def _scan(
         unroll=unroll,
     )
     return scan(block, x, context, scanned)
-
-
-def _placed(x_BxTxD: jax.Array) -> jax.Array:
-    """Return activations between blocks, split over devices by row, and row by row in memory.
-
-    A GPU's compiler may else choose to put the batch last, because of one sum over it, and transpose at every norm.
-    """
-    if platform() == "gpu":
-        x_BxTxD = with_layout_constraint(x_BxTxD, Layout(major_to_minor=tuple(range(x_BxTxD.ndim))))
-    return constrain(x_BxTxD, *ROWS)
 
 
 def _one_by_one(block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any]) -> jax.Array:

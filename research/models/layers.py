@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError, nearest
+from research.sharding import platform
 
 Initializer = Callable[..., jax.Array]
 
@@ -279,6 +280,18 @@ def _sum_to(x: jax.Array, like: jax.Array) -> jax.Array:
     x = x.sum(axis=tuple(range(x.ndim - like.ndim)))
     wide = tuple(axis for axis, size in enumerate(like.shape) if size == 1 and x.shape[axis] > 1)
     return x.sum(axis=wide, keepdims=True)
+
+
+def for_each(rows_TxD: jax.Array, batch: int) -> jax.Array:
+    """Return the same rows for every example, [B, T, D].
+
+    On GPUs by a lookup: the gradient of a plain broadcast is a sum over the batch, for whose sake the compiler was seen
+    to put the batch last in memory in the whole of GPT-2, and to transpose at every norm.
+    """
+    shape = (batch, len(rows_TxD))
+    if platform() != "gpu":
+        return jnp.broadcast_to(rows_TxD, (*shape, *rows_TxD.shape[1:]))
+    return jnp.take(rows_TxD, jnp.broadcast_to(jnp.arange(len(rows_TxD)), shape), axis=0)
 
 
 class LayerNorm(nn.Module):

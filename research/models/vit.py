@@ -213,8 +213,8 @@ class Encoder(nn.Module):
             position_NxD = jnp.asarray(sinusoids_2d(*shape, self.hidden_size))
         patches_BxNxD = self.patches(image_BxHxWxC)
         dtype = patches_BxNxD.dtype
-        prefix_BxPxD = jnp.broadcast_to(prefix_PxD.astype(dtype), (batch, *prefix_PxD.shape))
-        return prefix_BxPxD, patches_BxNxD + position_NxD.astype(dtype)
+        prefix_BxPxD = layers.for_each(prefix_PxD.astype(dtype), batch)
+        return prefix_BxPxD, patches_BxNxD + layers.for_each(position_NxD.astype(dtype), batch)
 
     def encode(self, x_BxTxD: jax.Array) -> jax.Array:
         """Map embedded tokens, all or some of them, [B, T, D], to hidden states [B, T, D], normalised."""

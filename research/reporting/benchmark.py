@@ -23,16 +23,17 @@ def run(command: Sequence[object], threads: int | None) -> dict[str, Any]:
     """Run a program and return the JSON object in the last line that it prints, with `start`, in ISO 8601, added.
 
     Where `threads` is a number it runs on that many of the first cores and no other device; where it is None, on all
-    that there is. Memory is kept between steps, as `allocator.keep` does for this project's runs, whatever the program.
+    that there is. On CPUs memory is kept between steps, as `allocator.keep` does for this project's runs, whatever the
+    program.
 
     Raises:
       UserError: the program fails; the end of what it said is quoted.
     """
     cores = sorted(os.sched_getaffinity(0))[:threads]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "GLIBC_TUNABLES": allocator.TUNABLES}
+    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     if threads is not None:
-        settings["JAX_PLATFORMS"] = "cpu"
+        settings |= {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": allocator.TUNABLES}
         settings |= {"OMP_NUM_THREADS": str(threads), "NPROC": str(threads)}  # of PyTorch, and of XLA on a CPU
     start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     process = subprocess.run(
