@@ -13,8 +13,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
-from research.models import flash as flash_kernel
 from research.models.layers import words
+
+try:
+    from research.models import flash as flash_kernel
+except ImportError:  # JAX 0.12 announces that it will drop what this is written in
+    flash_kernel = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from research.models.attention import DropWeights, Structure
@@ -169,6 +173,7 @@ def flash_obstacle(
     width = query.shape[-1]
     reasons = {
         f"needs a GPU; this is compiled for a {on.upper()}": on != "gpu",
+        f"needs Pallas for Triton, which JAX {jax.__version__} lacks": flash_kernel is None,
         f"computes in 16 bits, and dtype is {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
         f"needs heads of a width of 16, 32, 64 or 128, not {width}": width not in (16, 32, 64, 128),
         "has no bias": bias is not None,

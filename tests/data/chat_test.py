@@ -101,9 +101,9 @@ def test_long_conversations_are_cut(tokens):
     ("example", "message"),
     [
         ({"message": MESSAGES}, "an example has no messages 'messages'; did you mean 'message'?"),
-        ({"messages": "hello"}, "'messages' is no list of messages that have a role and a content, both text"),
-        ({"messages": []}, "'messages' is no list of messages"),
-        ({"messages": [{"role": "user"}]}, "'messages' is no list of messages"),
+        ({"messages": "hello"}, "'messages' must be a list of messages that have a role and a content, both text"),
+        ({"messages": []}, "'messages' must be a list of messages"),
+        ({"messages": [{"role": "user"}]}, "'messages' must be a list of messages"),
     ],
 )
 def test_mistakes(example, message, tokens):

@@ -10,9 +10,11 @@ import pytest
 
 from research.errors import UserError
 from research.models import attention, kernels
+from research.models import flash as flash_kernel
 from research.models.attention import DropWeights, Structure, attend
 
 LENGTH = 256
+GPU = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
 
 
 def numbers(*documents: int, first: int = 0, length: int = LENGTH) -> np.ndarray:
@@ -72,18 +74,24 @@ def splash(structure, query, key, value):
     return kernels.splash(query, key, value, structure, None, query.shape[-1] ** -0.5, interpret=True)
 
 
+def flash(structure, query, key, value, dropout=None):
+    return kernels.flash(query, key, value, structure, query.shape[-1] ** -0.5, dropout, interpret=True)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 60 * LENGTH)  # five blocks of queries, the last one not whole
     monkeypatch.setattr(kernels, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(flash_kernel, "WIDE", 64)
+    monkeypatch.setattr(flash_kernel, "NARROW", 32)
 
 
-@pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("compute", [chunked, splash])
+@pytest.mark.parametrize("compute", [chunked, flash, splash])
 @pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("groups", [2, 4])
 def test_every_implementation_equals_the_reference(name, compute, groups, small_blocks):
     structure = STRUCTURES[name]
-    inputs = operands(structure, groups)
+    inputs = operands(structure, groups, width=16)
     expected = value_and_gradients(
         functools.partial(attend, structure=structure, implementation="xla"), inputs, structure
     )
@@ -107,6 +115,39 @@ def test_blocks_have_the_bias_and_the_dropout_of_the_whole(shape, small_blocks):
     )
     for theirs, ours in zip(expected, found):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["causal documents", "another sequence"])
+def test_flash_drops_what_the_reference_drops(name, small_blocks):
+    structure, drop = STRUCTURES[name], DropWeights(0.3, jax.random.key(1))
+    inputs = operands(structure, 2, width=16)
+    reference = functools.partial(attend, structure=structure, implementation="xla", dropout=drop)
+    expected = value_and_gradients(reference, inputs, structure)
+    found = value_and_gradients(functools.partial(flash, structure, dropout=drop), inputs, structure)
+    for theirs, ours in zip(expected, found):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_flash_goes_through_no_block_between_documents():
+    rows = jnp.asarray(np.stack([numbers(64, 64, 128), numbers(70, 186)]))
+    options = flash_kernel.Options(True, None, 1.0, 0.0, 4, (LENGTH, LENGTH))
+    begin, end = flash_kernel._extents(rows, rows, 64, options, of_queries=True)
+    np.testing.assert_array_equal(begin, [[0, 64, 128, 128], [0, 0, 70, 70]])
+    np.testing.assert_array_equal(end, [[64, 128, 192, 256], [64, 128, 192, 256]])
+
+
+@pytest.mark.parametrize("dropout", [None, DropWeights(0.1, jax.random.key(0))])
+def test_flash_is_lowered_for_a_gpu(dropout, monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    structure = STRUCTURES["causal documents"]
+
+    def total(*inputs):
+        return attend(*inputs, structure, dropout=dropout).astype(jnp.float32).sum()
+
+    inputs = operands(structure, dtype=jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=GPU)):
+        lowered = jax.jit(jax.grad(total, (0, 1, 2))).trace(*inputs).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("xla.gpu.triton") == 3
 
 
 def test_blocks_continue_a_cache(small_blocks):
@@ -144,9 +185,13 @@ def test_auto_chooses_the_platforms_kernel_and_another_where_that_cannot(on, ker
     inputs = tuple(operands(STRUCTURES["causal padding"], dtype=dtype))
     chosen = functools.partial(attention.choose, inputs)
     assert chosen(STRUCTURES["causal padding"], None, None) == ("xla" if (on, dtype) == ("gpu", "float32") else kernel)
-    assert chosen(STRUCTURES["causal padding"], None, DropWeights(0.1, jax.random.key(0))) == "xla"
+    on_gpu = (on, dtype) == ("gpu", "bfloat16")
+    drop = DropWeights(0.1, jax.random.key(0))
+    assert chosen(STRUCTURES["causal padding"], None, drop) == ("flash" if on_gpu else "xla")
+    if on == "gpu":
+        assert chosen(STRUCTURES["causal documents"], None, None) == ("flash" if on_gpu else "xla")
     bias = jnp.zeros((1, 4, LENGTH, LENGTH))
-    assert chosen(Structure(), bias, None) == ("cudnn" if (on, dtype) == ("gpu", "bfloat16") else "xla")
+    assert chosen(Structure(), bias, None) == ("cudnn" if on_gpu else "xla")
 
 
 @pytest.mark.parametrize(
@@ -172,9 +217,12 @@ def test_a_kernel_that_knows_lengths_alone_makes_other_rows_nan():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("name", ["everything", "causal", "window", "padding", "causal padding"])
-def test_cudnn_equals_the_reference(name, groups):
+@pytest.mark.parametrize("implementation", ["cudnn", "flash"])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_kernels_of_a_gpu_equal_the_reference(name, implementation, groups):
     structure = STRUCTURES[name]
+    if implementation == "cudnn" and structure.packed:
+        pytest.skip("cuDNN has no rows of several documents")
     inputs = operands(structure, groups, dtype=jnp.bfloat16)
     exact = [x.astype(jnp.float32) for x in inputs]
     expected = value_and_gradients(

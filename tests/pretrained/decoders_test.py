@@ -329,7 +329,7 @@ def test_ids_of_special_tokens_stand_in_config_json(tmp_path):
 def test_every_field_is_accounted_for(family):
     kind = importlib.import_module(f"research.pretrained.{family}").FAMILY.kinds["causal_lm"]
     untold = set(kind.fields(MODELS[family])) - set(kind.keys) - set(kind.constants)
-    assert untold == {"dtype", "unroll", "remat"} | (set() if family == "gpt2" else {"dropout"})
+    assert untold == {"dtype", "unroll", "remat", "attention"} | (set() if family == "gpt2" else {"dropout"})
 
 
 def test_every_parameter_has_a_name(family):

@@ -662,4 +662,4 @@ def test_every_field_of_the_models_is_accounted_for(family):
         untold = set(kinds[name].fields(model)) - set(kinds[name].keys) - set(kinds[name].constants)
         free = {"num_outputs"} if name.endswith("classifier") else set()
         free |= {"head_dropout"} if name == "question_answerer" and family != "distilbert" else set()
-        assert untold - {"sinusoidal_start"} == {"dtype", "unroll", "remat"} | free
+        assert untold - {"sinusoidal_start"} == {"dtype", "unroll", "remat", "attention"} | free
