@@ -3,7 +3,7 @@ VENV ?= .venv
 EXTRAS ?= test
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart install test test-slow test-core test-peers lint format clean
+.PHONY: quickstart install test test-slow test-core test-peers plans lint format clean
 
 quickstart: $(VENV)/installed        ## fine-tune a published encoder on movie reviews, on a CPU
 	$(RUN) -m research.main --config=configs/movie_snippets.py --workdir=runs/quickstart
@@ -22,6 +22,9 @@ test-core: $(VENV)/installed-test    ## what another version of Python or JAX is
 test-peers: $(VENV)/installed-test   ## comparisons with PyTorch and Transformers
 	$(RUN) -m pytest -q -m peers
 
+plans: $(VENV)/installed-tpu         ## what the published configs need on the TPU slices that they name; takes hours
+	$(RUN) experiments/plans/plan_all.py
+
 lint: $(VENV)/installed-test         ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -35,12 +38,15 @@ install:                             ## into $(VENV), with EXTRAS
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable ".$(if $(EXTRAS),[$(EXTRAS)])"
-	touch $(VENV)/installed $(if $(findstring test,$(EXTRAS)),$(VENV)/installed-test)
+	touch $(VENV)/installed $(if $(findstring test,$(EXTRAS)),$(VENV)/installed-test) \
+		$(if $(findstring tpu,$(EXTRAS)),$(VENV)/installed-tpu)
 
 $(VENV)/installed: pyproject.toml
 	$(MAKE) install EXTRAS=
 $(VENV)/installed-test: pyproject.toml
 	$(MAKE) install EXTRAS=test
+$(VENV)/installed-tpu: pyproject.toml
+	$(MAKE) install EXTRAS=tpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -25,13 +25,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = dict(
         call="research.tasks.masked_lm.MaskedLM",
         max_predictions=80,
-        model=dict(call="research.models.bert.MaskedLM", encoder=dict(call="research.models.bert.Encoder")),
+        model=dict(
+            call="research.models.bert.MaskedLM", encoder=dict(call="research.models.bert.Encoder", dtype="bfloat16")
+        ),
     )
     config.data = data("wikipedia/20230601.en", "train[:99%]", max_length=512)
     held_out = data("wikipedia/20230601.en", "train[99%:]", max_length=512)
     config.evals = dict(validation=dict(call="research.evaluators.means.Means", perplexity=True, data=held_out))
     config.optimizer = dict(learning_rate=1e-4, schedule="linear", warmup=10_000, weight_decay=0.01, clip_norm=1.0)
     config.mesh = dict(data=-1, fsdp=1, model=1)
+    config.plan = dict(topology="v5e:4x4", vocab_size=30522)
     config.checkpoint = dict(every_steps=5000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=50_000)
     return choose(variant, VARIANTS, config)
@@ -58,6 +61,7 @@ def large(config: ConfigDict) -> ConfigDict:
 def jane_austen(config: ConfigDict) -> ConfigDict:
     config.batch_size = 64
     config.num_steps = 4000
+    config.plan = dict(vocab_size=4096)
     config.tokenizer = dict(
         call="research.data.tokenizer_training.train",
         source=dict(call="research.data.source.tfds", dataset="jane_austen", split="train"),
@@ -67,6 +71,7 @@ def jane_austen(config: ConfigDict) -> ConfigDict:
     )
     config.task.max_predictions = 12
     config.task.model.encoder.update(
+        dtype="float32",
         hidden_size=256,
         num_layers=4,
         num_heads=4,
@@ -90,7 +95,7 @@ def jane_austen(config: ConfigDict) -> ConfigDict:
 
 def tiny(config: ConfigDict) -> ConfigDict:
     encoder = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=32)
-    config.task.model.encoder.update(encoder, initializer_range=0.2)
+    config.task.model.encoder.update(encoder, initializer_range=0.2, dtype="float32")
     config.task.max_predictions = 8
     return tiny_documents(config, length=32)
 

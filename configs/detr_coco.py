@@ -56,6 +56,11 @@ def get_config(variant: str = "") -> ConfigDict:
         freeze=("^backbone/.*norm", "^backbone/stem", "^backbone/stage1"),
     )
     config.mesh = dict(data=-1, fsdp=1, model=1)
+    config.plan = dict(
+        topology="v5e:4x4",
+        examples=118_287,
+        published=dict(chip="V100", chips=16, hours=72, epochs=300, source="Carion 2020, section 4"),
+    )
     config.checkpoint = dict(every_steps=1849, keep=2)
     config.log = dict(every_steps=50, evaluate_every_steps=18490)  # 10 epochs
     return choose(variant, VARIANTS, config)

@@ -63,6 +63,10 @@ def get_config(variant: str = "") -> ConfigDict:
         learning_rate=1e-4, schedule="constant", warmup=0, weight_decay=0.0, clip_norm=None, average=0.9999
     )
     config.mesh = dict(data=-1, fsdp=1, model=1)
+    config.plan = dict(
+        topology="v3:8x8",
+        published=dict(chip="v3", chips=128, steps_per_second=5.7, source="Peebles 2022, section 4"),
+    )
     config.checkpoint = dict(every_steps=10_000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=50_000)
     return choose(variant, VARIANTS, config)

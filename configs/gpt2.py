@@ -41,7 +41,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tokenizer = dict(call="research.data.tokenizer.load", path="hf://openai-community/gpt2/tokenizer.json")
     config.task = dict(
         call="research.tasks.causal_lm.CausalLM",
-        logits_chunk=128,
         model=dict(call="research.models.gpt.Decoder", max_positions=1024, dtype="bfloat16"),
     )
     config.data = data("train")
@@ -60,6 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
         microbatches=5,
     )
     config.mesh = dict(data=-1, fsdp=1, model=1)
+    config.plan = dict(topology="v5e:4x4", vocab_size=50257)
     config.checkpoint = dict(every_steps=2000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=10_000)
     config.decoding = dict(max_new_tokens=200, temperature=0.8, top_p=0.95)
@@ -87,7 +87,6 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
 
 def tiny(config: ConfigDict) -> ConfigDict:
     config = sized(config, "small")
-    config.task.logits_chunk = 0
     config.task.model.update(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=32)
     config.task.model.dtype = "float32"
     config.optimizer.microbatches = 1

@@ -33,16 +33,16 @@ from ml_collections import ConfigDict
 from research.configuration.variants import choose, tiny_documents
 
 LENGTH = 2048
-# Layers, width, heads, rows a step, learning rate.
+# Layers, width, heads, rows a step, learning rate, slice.
 SIZES = {
-    "125M": (12, 768, 12, 256, 6e-4),
-    "350M": (24, 1024, 16, 256, 3e-4),
-    "760M": (24, 1536, 16, 256, 2.5e-4),
-    "1.3B": (24, 2048, 16, 512, 2e-4),
-    "2.7B": (32, 2560, 32, 512, 1.6e-4),
-    "6.7B": (32, 4096, 32, 1024, 1.2e-4),
-    "13B": (40, 5120, 40, 1024, 1e-4),
-    "175B": (96, 12288, 96, 1536, 0.6e-4),
+    "125M": (12, 768, 12, 256, 6e-4, "v5e:4x4"),
+    "350M": (24, 1024, 16, 256, 3e-4, "v5e:8x8"),
+    "760M": (24, 1536, 16, 256, 2.5e-4, "v5p:2x4x4"),
+    "1.3B": (24, 2048, 16, 512, 2e-4, "v5p:4x4x4"),
+    "2.7B": (32, 2560, 32, 512, 1.6e-4, "v5p:4x4x4"),
+    "6.7B": (32, 4096, 32, 1024, 1.2e-4, "v5p:4x4x8"),
+    "13B": (40, 5120, 40, 1024, 1e-4, "v5p:4x4x8"),
+    "175B": (96, 12288, 96, 1536, 0.6e-4, "v5p:8x8x8"),
 }
 
 
@@ -52,7 +52,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tokenizer = dict(call="research.data.tokenizer.load", path="hf://openai-community/gpt2/tokenizer.json")
     config.task = dict(
         call="research.tasks.causal_lm.CausalLM",
-        logits_chunk=256,
         model=dict(call="research.models.gpt.Decoder", max_positions=LENGTH, dtype="bfloat16"),
     )
     config.data = data("train")
@@ -80,7 +79,8 @@ def data(split: str, more: tuple[str, ...] = ()) -> dict:
 
 
 def sized(config: ConfigDict, size: str) -> ConfigDict:
-    layers, width, heads, rows, learning_rate = SIZES[size]
+    layers, width, heads, rows, learning_rate, topology = SIZES[size]
+    config.plan = dict(topology=topology, vocab_size=50257)
     config.batch_size = rows
     config.num_steps = round(300e9 / (rows * LENGTH))
     config.optimizer.warmup = round(375e6 / (rows * LENGTH))
@@ -94,7 +94,6 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
 
 def tiny(config: ConfigDict) -> ConfigDict:
     config = sized(config, "125M")
-    config.task.logits_chunk = 0
     config.task.model.update(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=32)
     config.task.model.dtype = "float32"
     return tiny_documents(config, length=32)

@@ -51,21 +51,25 @@ class Size(NamedTuple):
     learning_rate: float
     warmup: float
     tokenizer: str
+    vocab_size: int
+    topology: str
 
 
 SMOLLM2 = "hf://HuggingFaceTB/SmolLM2-135M/tokenizer.json"
 LLAMA2 = "hf://meta-llama/Llama-2-7b-hf/tokenizer.json"
 LLAMA3 = "hf://meta-llama/Meta-Llama-3-8B/tokenizer.json"
 SIZES = {
-    "smollm2_135m": Size(134.5e6, 576, 30, 9, 3, 1536, 1e5, 2048, 256, 3e-3, 0.1, SMOLLM2),
-    "smollm2_360m": Size(361.8e6, 960, 32, 15, 5, 2560, 1e5, 2048, 256, 3e-3, 0.1, SMOLLM2),
-    "smollm2_1.7b": Size(1.711e9, 2048, 24, 32, 32, 8192, 1.3e5, 2048, 256, 5e-4, 0.1, SMOLLM2),
-    "llama2_7b": Size(6.738e9, 4096, 32, 32, 32, 11008, 1e4, 4096, 1024, 3e-4, 2000, LLAMA2),
-    "llama2_13b": Size(13.02e9, 5120, 40, 40, 40, 13824, 1e4, 4096, 1024, 3e-4, 2000, LLAMA2),
-    "llama2_70b": Size(68.98e9, 8192, 80, 64, 8, 28672, 1e4, 4096, 1024, 1.5e-4, 2000, LLAMA2),
-    "llama3_8b": Size(8.030e9, 4096, 32, 32, 8, 14336, 5e5, 8192, 512, 3e-4, 2000, LLAMA3),
-    "llama3_70b": Size(70.55e9, 8192, 80, 64, 8, 28672, 5e5, 8192, 512, 1.5e-4, 2000, LLAMA3),
+    "smollm2_135m": Size(134.5e6, 576, 30, 9, 3, 1536, 1e5, 2048, 256, 3e-3, 0.1, SMOLLM2, 49152, "v6e:4x4"),
+    "smollm2_360m": Size(361.8e6, 960, 32, 15, 5, 2560, 1e5, 2048, 256, 3e-3, 0.1, SMOLLM2, 49152, "v6e:4x4"),
+    "smollm2_1.7b": Size(1.711e9, 2048, 24, 32, 32, 8192, 1.3e5, 2048, 256, 5e-4, 0.1, SMOLLM2, 49152, "v5p:4x4x4"),
+    "llama2_7b": Size(6.738e9, 4096, 32, 32, 32, 11008, 1e4, 4096, 1024, 3e-4, 2000, LLAMA2, 32000, "v5p:4x4x8"),
+    "llama2_13b": Size(13.02e9, 5120, 40, 40, 40, 13824, 1e4, 4096, 1024, 3e-4, 2000, LLAMA2, 32000, "v5p:4x4x8"),
+    "llama2_70b": Size(68.98e9, 8192, 80, 64, 8, 28672, 1e4, 4096, 1024, 1.5e-4, 2000, LLAMA2, 32000, "v5p:8x8x8"),
+    "llama3_8b": Size(8.030e9, 4096, 32, 32, 8, 14336, 5e5, 8192, 512, 3e-4, 2000, LLAMA3, 128256, "v5p:4x4x8"),
+    "llama3_70b": Size(70.55e9, 8192, 80, 64, 8, 28672, 5e5, 8192, 512, 1.5e-4, 2000, LLAMA3, 128256, "v5p:8x8x8"),
 }
+
+PUBLISHED = {"llama2_7b": 184_320, "llama2_70b": 1_720_320}  # hours of chips
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -85,13 +89,15 @@ def recipe(config: ConfigDict, size: str) -> ConfigDict:
         )
 
     large = s.parameters > 1e9
+    config.plan = dict(topology=s.topology, vocab_size=s.vocab_size)
+    if size in PUBLISHED:
+        config.plan.published = dict(chip="a100", chip_hours=PUBLISHED[size], tokens=2e12, source="Touvron 2023, 2.2.1")
     config.seed = 0
     config.batch_size = s.rows
     config.num_steps = round(TOKENS_PER_PARAMETER * s.parameters / (s.rows * s.length))
     config.tokenizer = dict(call="research.data.tokenizer.load", path=s.tokenizer)
     config.task = dict(
         call="research.tasks.causal_lm.CausalLM",
-        logits_chunk=256,
         model=dict(
             call="research.models.gpt.Decoder",
             hidden_size=s.width,
@@ -140,7 +146,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config = recipe(config, "smollm2_135m")
     model = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, max_positions=32)
     config.task.model.update(model, dtype="float32")
-    config.task.logits_chunk = 16
     return tiny_documents(config, length=32)
 
 

@@ -46,6 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.mesh = dict(data=-1, fsdp=1, model=1)
+    config.plan = dict(topology="v3:8x8", examples=1_281_167)
     config.checkpoint = dict(every_steps=5000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=25000)
     return choose(variant, VARIANTS, config)

@@ -84,6 +84,7 @@ def get_config(variant: str = "") -> ConfigDict:
         clip_norm=None,  # Adafactor clips each update
     )
     config.mesh = dict(data=-1, fsdp=1, model=1)
+    config.plan = dict(topology="v3:4x4")
     config.checkpoint = dict(every_steps=5000, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=20_000)
     config.decoding = dict(max_new_tokens=114)
@@ -120,6 +121,7 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     if layers >= 24:
         config.mesh = dict(data=1, fsdp=-1, model=1)
         config.task.model.remat = "full"
+        config.plan.topology = "v5p:4x4x4" if size in ("11b", "v1_1_xxl") else "v3:8x8"
     return config
 
 

@@ -40,7 +40,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = dict(
         call="research.tasks.seq2seq.Seq2Seq",
         label_smoothing=0.1,
-        logits_chunk=64,
         model=dict(
             call="research.models.encoder_decoder.EncoderDecoder",
             hidden_size=512,
@@ -69,6 +68,7 @@ def get_config(variant: str = "") -> ConfigDict:
         average=0.9996,
     )
     config.mesh = dict(data=-1, fsdp=1, model=1)
+    config.plan = dict(topology="v5e:2x4", vocab_size=37_000)
     config.checkpoint = dict(every_steps=2500, keep=2)
     config.log = dict(every_steps=100, evaluate_every_steps=25_000)
     config.decoding = dict(num_beams=4, length_penalty=0.6, max_new_tokens=200)

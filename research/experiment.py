@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from research.task import Borrows, Params, Spec, Task
 
 KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
-    *("optimizer", "mesh", "checkpoint", "log", "derived", "decoding"),
+    *("optimizer", "mesh", "checkpoint", "log", "derived", "decoding", "plan"),
 )
 # What a section without `call` configures.
 SECTIONS = {
@@ -67,17 +67,27 @@ class Experiment:
         say, so that a checkpoint can be used without them.
     """
 
-    def __init__(self, config: ConfigDict, source: Source | None = None, workdir: pathlib.Path | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        source: Source | None = None,
+        workdir: pathlib.Path | None = None,
+        assumed: Mapping[str, Any] | None = None,
+        devices: Sequence[jax.Device] | int | None = None,
+    ):
         """Check the top level; nothing is built yet.
 
         Args:
           config: the top level.
           source: takes the place of the training data's.
           workdir: the run's folder, whose tokenizer is taken where it is this config's.
+          assumed: takes the place of `derived`, and of the tokenizer, whose "vocab_size" may be in it.
+          devices: see `sharding.make_mesh`; all that are here where it is None.
         """
         self.config = ConfigDict(json.loads(config.to_json()))  # as config.json holds it: plain values, no references
         trust.add(self.config)  # it was checked if it comes from a folder; otherwise it is the user's own
         self._source, self._workdir = source, workdir
+        self._assumed, self._devices = assumed, devices
         _check(self.config)
 
     def build(self) -> None:
@@ -98,13 +108,15 @@ class Experiment:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """All devices."""
-        mesh = self._invoke("mesh")
+        mesh = self._invoke("mesh", devices=self._devices)
         sharding.check_batch_size(self.config.batch_size, mesh, self._section("optimizer").get("microbatches", 1))
         return mesh
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer, or None; the run's own, if it has one, is neither fetched nor trained again."""
+        if self._assumed is not None:
+            return None
         return read(self._kept) if self._kept else build(self.config.get("tokenizer"), "config.tokenizer")
 
     @functools.cached_property
@@ -141,6 +153,8 @@ class Experiment:
     @functools.cached_property
     def derived(self) -> dict[str, Any]:
         """What the training data have to say: "label_names", "num_steps", and the "spec" of their batches."""
+        if self._assumed is not None:
+            return dict(self._assumed)
         if self.config.get("derived"):
             return self.config.derived.to_dict()
         num_steps = self.config.get("num_steps")
@@ -164,6 +178,8 @@ class Experiment:
         context = self._basics | {"mesh": self.mesh, "label_names": self.label_names, "decoding": self.decoding}
         if self.tokenizer is not None:
             context["vocab_size"] = self.tokenizer.vocab_size
+        elif self._assumed and self._assumed.get("vocab_size"):
+            context["vocab_size"] = self._assumed["vocab_size"]
         if self.label_names:
             context["num_outputs"] = len(self.label_names)
         elif self.config.task.get("objective") == "regression":

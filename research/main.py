@@ -7,6 +7,7 @@ Modes:
   generate   text: what follows --prompt, as it is written, or JSON lines as in predict; --config.decoding says how.
              images, of a diffusion run: a PNG file; --config.task.sampling and --config.seed say how
   export     a folder that Hugging Face's from_pretrained loads (--output)
+  plan       what --config needs on --topology: memory, operations, hours; reads no data, and needs no --workdir
 
 Flags:
   --config        the config file and, after a colon, its variant; all modes but train take that of the run in --workdir
@@ -22,6 +23,11 @@ Flags:
   --output        predict, generate: the file to write; by default, and for -, the standard output.
                   images: a .png file for a grid, a folder for a file each, or an .npz file for the numbers
                   export: the folder to write; by default export in the run's folder
+                  plan: a file for the result as JSON
+  --topology      plan: a TPU slice (v5e:4x4, v5p:4x4x8), compiled for with the extra "tpu"; GPUs (h100x8), by
+                  arithmetic; or cpu. By default the config's own, config.plan.topology
+  --utilisation   plan: the share of the peak at which hours are told; 0.4 by default
+  --price         plan: of a chip and hour
   --trust         modules whose code the config.json of a run's folder may call besides this package's models, tasks,
                   data and the like: --trust=mypackage; repeatable, or separated by commas. What --config and overrides
                   name needs no flag
@@ -50,8 +56,10 @@ MODES = {
     "predict": ("checkpoint", "input", "output"),
     "generate": ("checkpoint", "prompt", "input", "output"),
     "export": ("checkpoint", "output"),
+    "plan": ("topology", "output", "utilisation", "price"),
 }
-FLAGS = ("config", "workdir", "mode", "checkpoint", "prompt", "input", "output")
+OWN = ("checkpoint", "prompt", "input", "output", "topology", "utilisation", "price")  # of some modes
+FLAGS = ("config", "workdir", "mode", *OWN)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,14 +97,26 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     flags.mode = flags.mode or "train"
     if flags.mode not in MODES:
         raise UserError(f"--mode: there is no '{flags.mode}'{nearest(flags.mode, MODES)}")
-    for name in ("checkpoint", "prompt", "input", "output"):
+    for name in OWN:
         if getattr(flags, name) is not None and name not in MODES[flags.mode]:
             raise UserError(f"--{name}: --mode={flags.mode} takes no such flag")
-    if not flags.workdir:
+    for name in ("utilisation", "price"):
+        _check_number(name, getattr(flags, name))
+    if not flags.workdir and flags.mode != "plan":
         raise UserError("--workdir: say which folder holds, or will hold, the run")
-    if not flags.config and flags.mode == "train":
-        raise UserError("--config: say which config file to train, such as --config=configs/movie_snippets.py")
+    if not flags.config and (flags.mode == "train" or not flags.workdir):
+        raise UserError(f"--config: say which config file to {flags.mode}, such as --config=configs/movie_snippets.py")
     return flags
+
+
+def _check_number(name: str, value: str | None) -> None:
+    """Raise UserError unless a flag is a positive number, or not there."""
+    try:
+        good = value is None or float(value) > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"--{name}: {value} is not a positive number")
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -107,11 +127,14 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) -> int:
-    workdir = pathlib.Path(flags.workdir).expanduser().absolute()
+    workdir = pathlib.Path(flags.workdir or ".").expanduser().absolute()
     _check_folder(workdir, writes=flags.mode == "train")
     if flags.config:
         config = overrides.load(flags.config)
         overrides.apply(config, changes)  # before JAX is imported, which takes seconds
+    if flags.mode == "plan" and flags.topology not in ("gpu", "tpu"):
+        # Whatever accelerator there is, it is not what is planned for; and no machine is to be asked what it is.
+        os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
     allocator.keep()
     import jax
 

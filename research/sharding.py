@@ -5,12 +5,12 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.errors import UserError
@@ -41,7 +41,13 @@ LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, shard_optimizer: bool = False) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    model: int = 1,
+    shard_optimizer: bool = False,
+    devices: Sequence[jax.Device] | int | None = None,
+) -> Mesh:
     """Return a mesh over all devices of all processes.
 
     Args:
@@ -49,16 +55,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, shard_optimizer: bo
       fsdp: devices over which parameters and examples are both split (fully sharded data parallelism).
       model: devices over which the width of the layers is split (tensor parallelism).
       shard_optimizer: see `state_shardings`; the mesh is the same.
+      devices: other devices; or a number, for a mesh that has shapes and places nothing.
     """
     del shard_optimizer  # `Experiment` reads it where it places the state
-    sizes, count = [data, fsdp, model], jax.device_count()
+    sizes = [data, fsdp, model]
+    count = devices if isinstance(devices, int) else jax.device_count() if devices is None else len(devices)
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"config.mesh: sizes must be positive, one at most -1; they are {dict(zip(AXES, sizes))}")
     if -1 in sizes:
         sizes[sizes.index(-1)] = count // -math.prod(sizes) or 1
     if math.prod(sizes) != count:
         raise UserError(f"config.mesh: {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices; there are {count}")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    kinds = (AxisType.Auto,) * len(AXES)
+    if isinstance(devices, int):
+        return cast(Mesh, AbstractMesh(tuple(sizes), AXES, kinds))
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:

@@ -50,7 +50,8 @@ def write(root: pathlib.Path) -> dict[str, str]:
     Raises:
       UserError: a claim or a record is invalid, or a README.md lacks the markers around its table.
     """
-    entries = {folder.name: load(folder) for folder in _folders(root)}
+    claims = (folder for folder in _folders(root) if folder.name != "plans")  # that one is written by `make plans`
+    entries = {folder.name: load(folder) for folder in claims}
     texts = pages(root, entries)
     for name, entry in entries.items():
         _draw(root / name, entry)

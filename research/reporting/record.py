@@ -25,7 +25,7 @@ from research.runtime.preemption import PreemptedError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers", "numpy")
 # What may differ when a run is resumed: none of it changes what is computed.
-FREE_TO_CHANGE = ("checkpoint", "log", "mesh")
+FREE_TO_CHANGE = ("checkpoint", "log", "mesh", "plan")
 
 
 class Record:
