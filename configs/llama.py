@@ -134,6 +134,7 @@ def recipe(config: ConfigDict, size: str) -> ConfigDict:
         epsilon=1e-5,
         weight_decay=0.1,
         clip_norm=1.0,
+        microbatches=1 if large else 4,
     )
     config.mesh = dict(data=1, fsdp=-1, model=1) if large else dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=1000, keep=2)
@@ -146,6 +147,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config = recipe(config, "smollm2_135m")
     model = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, max_positions=32)
     config.task.model.update(model, dtype="float32")
+    config.optimizer.microbatches = 1
     return tiny_documents(config, length=32)
 
 

@@ -20,11 +20,14 @@ SLOW = {
         *("test_tiny_learns[squad", "test_tiny_learns[llama", "test_tiny_learns[gpt", "test_tiny_learns[pretrain_text"),
         *("test_tiny_learns[jane_austen", "test_tiny_learns[small_bert", "test_tiny_learns[finetune_text"),
         *("test_tiny_learns[grokking", "test_tiny_learns[libreoffice_translation.py-tiny"),
+        *("test_tiny_learns[conll2003", "test_tiny_learns[dit_fashion_mnist", "test_tiny_learns[bert_pretraining"),
         "test_builds_and_its_step_has_shapes[bert_pretraining.py-jane_austen",
     ],
     "resume": [
         "test_a_run_killed_again_and_again_ends_with_the_same_bits[evaluating",
-        "test_going_on_with_other_devices_computes_the_same",
+        *("test_going_on_with_other_devices_computes_the_same", "test_a_damaged_checkpoint_falls_back"),
+        *("test_a_full_disk_stops_the_run", "test_no_readable_checkpoint_is_an_error"),
+        "test_another_learning_rate_is_the_users_mistake",
         "test_an_evaluation_interrupted_by_sigterm",  # train_test has it within one process
         "test_a_loss_that_is_not_finite_is_one_line",  # train_test has it within one process
     ],
@@ -32,20 +35,23 @@ SLOW = {
         *("test_questions[v2", "test_texts_that_are_written[chat", "test_an_answer_ends_where_its_turn_does"),
         "test_causal_language_models_say_how_likely",
     ],
+    "optimizer": ["test_layer_decay_reaches_what_an_image"],
     "tasks/reconstruction": [
         *("test_the_loss_falls_on_drawn_shapes", "test_a_pretrained_encoder_is_what"),
     ],
     "tasks/diffusion": ["test_it_learns_drawn_shapes[v", "test_it_learns_drawn_shapes[flow"],
     "tasks/image_classification": ["test_a_teacher_of_another_run", "test_the_distillation_token_learns"],
     "tasks/tokens": [
-        "test_chunks_change_neither_the_loss_nor_the_gradient[2",
+        "test_chunks_change_neither_the_loss_nor_the_gradient[1",
+        "test_the_loss_and_its_gradient_are_those_of_all_logits[0",
+        "test_the_loss_and_its_gradient_are_those_of_all_logits[4-False",
         "test_chunks_change_neither_the_loss_nor_the_gradient[3",
     ],
     "tasks/detection": ["test_the_loss_is_its_formula[False", "test_the_order_of_the_targets"],
     "step": [
-        "test_accumulated_gradients_are_those_of_the_whole_batch[None-2",
-        "test_accumulated_gradients_are_those_of_the_whole_batch[None-4",
-        "test_accumulated_gradients_are_those_of_the_whole_batch[None-8",
+        "test_accumulated_gradients_are_those_of_the_whole_batch[None",
+        "test_accumulated_gradients_are_those_of_the_whole_batch[mask1-2",
+        "test_accumulated_gradients_are_those_of_the_whole_batch[mask2",
     ],
     "generation/decoding": [
         *("test_an_output_ends_with_the_positions[1", "test_a_stream_gives_the_same_tokens[t5"),
@@ -71,14 +77,25 @@ SLOW = {
     "models/gpt": ["test_gradients_are_finite_and_reach_every_parameter[windowed"],
     "models/vit": ["test_the_layout_of_the_scan"],
     "train": [
+        "test_patience_ends_a_run_and_the_best_checkpoint_stays[min-losses0",
         *(
             "test_patience_ends_a_run_and_the_best_checkpoint_stays[max",
             "test_patience_ends_a_run_and_the_best_checkpoint_stays[min-losses3",
         ),
     ],
-    "modes": ["test_evaluate_repeats_the_result[regression", "test_export_loads_back[regression"],
+    "modes": [
+        "test_evaluate_repeats_the_result[multi_label",
+        "test_predict[regression",
+        "test_predict_from_standard",
+        "test_evaluate_repeats_the_result[regression",
+        "test_export_loads_back[regression",
+    ],
     "predict_images": ["test_one_image_and_json_lines"],
-    "sharding": ["test_four_devices_compute_what_one_does[mae"],
+    "sharding": [
+        "test_four_devices_compute_what_one_does[vit_imagenet",
+        "test_four_devices_compute_what_one_does[dit",
+        "test_four_devices_compute_what_one_does[mae",
+    ],
 }
 
 
