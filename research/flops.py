@@ -8,12 +8,12 @@ backward pass computes again is no work on the model. Attention counts whole whe
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from research.task import Spec, Task
+from research.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Chip:
       bandwidth: of the memory, bytes a second.
       links: to other chips, bytes a second, both directions together; None where it is not published.
       kinds: a pattern of what JAX calls the device.
+      devices: how many devices JAX makes of a chip.
     """
 
     peak: float
@@ -33,12 +34,13 @@ class Chip:
     bandwidth: float
     links: float | None
     kinds: str
+    devices: int = 1
 
 
 # TPUs: Google Cloud's page on each version (cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e). GPUs: NVIDIA's data
 # sheets of the SXM modules. Read in November 2026.
 CHIPS = {
-    "v3": Chip(123e12, 32 * 2**30, 900e9, None, r"TPU v3"),
+    "v3": Chip(123e12, 32 * 2**30, 900e9, None, r"TPU v3", devices=2),
     "v4": Chip(275e12, 32 * 2**30, 1200e9, None, r"TPU v4"),
     "v5e": Chip(197e12, 16e9, 819e9, 400e9, r"TPU v5 ?(lite|e)"),
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 1200e9, r"TPU v5p?$"),
@@ -50,14 +52,14 @@ CHIPS = {
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """Return what a device is, or None where that is not known. Devices of v3 and v4 may be halves of chips."""
+    """Return what a device is, or is a part of; None where that is not known."""
     return next((chip for chip in CHIPS.values() if re.search(chip.kinds, device.device_kind)), None)
 
 
-def of_training(task: Task, params: Any, spec: Spec) -> float:
-    """Return the operations of a training step on a batch of these shapes."""
+def of_training(task: Task, params: Any, batch: Mapping[str, Any]) -> float:
+    """Return the operations of a training step on a batch, of arrays or of their shapes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return 3 * count(lambda *args: task.loss(*args)[0].total, params, dict(spec), key)
+    return 3 * count(lambda *args: task.loss(*args)[0].total, params, dict(batch), key)
 
 
 def count(function: Callable[..., Any], *args: Any) -> float:

@@ -24,6 +24,7 @@ Flags:
                   images: a .png file for a grid, a folder for a file each, or an .npz file for the numbers
                   export: the folder to write; by default export in the run's folder
                   plan: a file for the result as JSON
+  --profile_steps train: FIRST:END, the steps of which a trace, for xprof and Perfetto, goes to the run's folder
   --topology      plan: a TPU slice (v5e:4x4, v5p:4x4x8), compiled for with the extra "tpu"; GPUs (h100x8), by
                   arithmetic; or cpu. By default the config's own, config.plan.topology
   --utilisation   plan: the share of the peak at which hours are told; 0.4 by default
@@ -51,14 +52,14 @@ from research.errors import UserError, nearest
 from research.runtime import allocator, memory
 
 MODES = {
-    "train": (),
+    "train": ("profile_steps",),
     "evaluate": ("checkpoint",),
     "predict": ("checkpoint", "input", "output"),
     "generate": ("checkpoint", "prompt", "input", "output"),
     "export": ("checkpoint", "output"),
     "plan": ("topology", "output", "utilisation", "price"),
 }
-OWN = ("checkpoint", "prompt", "input", "output", "topology", "utilisation", "price")  # of some modes
+OWN = ("checkpoint", "prompt", "input", "output", "topology", "utilisation", "price", "profile_steps")  # of some modes
 FLAGS = ("config", "workdir", "mode", *OWN)
 
 

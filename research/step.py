@@ -50,8 +50,10 @@ def train_step(task: Task, optimizer: Optimizer, state: TrainState, batch: Batch
       "learning_rate".
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    gradients, metrics = _gradients(task, state.params, batch, rng, optimizer.microbatches)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    with jax.named_scope("gradients"):
+        gradients, metrics = _gradients(task, state.params, batch, rng, optimizer.microbatches)
+    with jax.named_scope("update"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     one = jnp.ones(())
     metrics |= {
         "gradient_norm": Mean(optax.tree.norm(optimizer.trainable(gradients)), one),

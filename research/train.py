@@ -3,13 +3,14 @@
 import functools
 import math
 import pathlib
+import re
 import time
 from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
 
-from research import evaluate, sharding
+from research import evaluate, flops, sharding
 from research.checkpoint import Checkpoints
 from research.errors import UserError
 from research.experiment import Experiment
@@ -23,13 +24,14 @@ from research.runtime.preemption import PreemptedError, Preemption
 from research.step import TrainState, train_step
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None = None) -> dict[str, Any]:
     """Train what a config names, evaluate it and write the run's folder; resume the run in the folder.
 
     Args:
       config: see README.md.
       workdir: holds at the end config.json, run.json, metrics.jsonl, result.json, tokenizer/, checkpoints/,
         tensorboard/, figures/.
+      profile_steps: "10:15" traces the steps 10 to 14 into profile/, for xprof and Perfetto; None traces none.
 
     Returns:
       what result.json holds.
@@ -42,6 +44,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       SaveError: a checkpoint cannot be written.
       EvaluationError: an evaluator failed; the state is saved.
     """
+    traced = _steps(profile_steps)
     experiment = Experiment(config, workdir=workdir)
     experiment.build()
     record = Record(workdir, experiment.resolved)
@@ -52,7 +55,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     with record, Preemption() as preemption:
         checkpoints = experiment.checkpoints(workdir)
         try:
-            return _Loop(experiment, workdir, checkpoints, preemption, record).run()
+            return _Loop(experiment, workdir, checkpoints, preemption, record, traced).run()
         finally:
             checkpoints.close()
 
@@ -74,8 +77,10 @@ class _Loop:
         checkpoints: Checkpoints,
         preemption: Preemption,
         record: Record,
+        traced: range = range(0),
     ):
         self.experiment, self.workdir, self.checkpoints, self.preemption = experiment, workdir, checkpoints, preemption
+        self.traced, self.tracing = traced, False
         # Resume this run, else start from pretrained weights, else from scratch.
         restored = checkpoints.restore(experiment.abstract_state)
         self.state, extras = restored or (start(experiment), {})
@@ -84,7 +89,9 @@ class _Loop:
         self.batches = experiment.data.batches()
         if restored:
             self.batches.set_state(extras["data"])
-        self.meter = Meter(extras.get("meter"))
+        chip = flops.chip_of(jax.devices()[0])
+        self.meter = Meter(extras.get("meter"), jax.device_count(), chip.peak / chip.devices if chip else None)
+        self.operations: dict[Any, float] = {}
         self.evaluation: dict[str, Any] = extras.get("evaluation", {"step": 0, "metrics": {}, "best": None, "stale": 0})
         if self.evaluation["best"] and self.evaluation["best"]["metric"] != checkpoints.best:
             self.evaluation |= {"best": None, "stale": 0}
@@ -112,9 +119,13 @@ class _Loop:
 
     def take_step(self) -> None:
         """Dispatch one step, then reads the metrics of the one before, while the device computes."""
+        self.profile()
+        begin = time.monotonic()
         rows = next(self.batches)
+        self.meter.add_seconds(wait=time.monotonic() - begin)
         batch = sharding.place(rows, self.experiment.mesh, self.experiment.data.padding)
         step = self.compile(batch)
+        self.meter.add_operations(self.operations[_shapes(batch)])
         self.state, metrics = step(self.state, batch)
         self.read_metrics()
         self.unread = metrics
@@ -131,6 +142,8 @@ class _Loop:
             self.lap("train")
             self.checkpoints.check()
             if scalars := self.meter.flush():
+                if "peak_bytes_in_use" in (jax.local_devices()[0].memory_stats() or {}):
+                    scalars["train/peak_memory_bytes"] = float(peak_memory_bytes())
                 self.writer.write(self.step, scalars)
                 self.progress.log(self.step, scalars)
         evaluating = last or (log.evaluate_every_steps and self.step and self.step % log.evaluate_every_steps == 0)
@@ -192,6 +205,17 @@ class _Loop:
         self.save()
         raise PreemptedError(f"stopped at step {self.step}; run the same command to go on")
 
+    def profile(self) -> None:
+        """Begin or end the trace, where this step is its first or the one after its last."""
+        if self.step in self.traced and not self.tracing:
+            jax.profiler.start_trace(str(self.workdir / "profile"), create_perfetto_trace=True)
+            self.tracing = True
+        elif self.tracing and self.step not in self.traced:
+            self.read_metrics()
+            jax.profiler.stop_trace()
+            self.tracing = False
+            self.progress.line(f"traced the steps {self.traced.start} to {self.traced.stop - 1} into profile/")
+
     def read_metrics(self) -> None:
         """Wait for the last step that was dispatched and add its metrics."""
         if self.unread is not None:
@@ -207,18 +231,20 @@ class _Loop:
 
     def compile(self, batch: dict[str, jax.Array]) -> Any:
         """Return the step compiled for the batch's shapes."""
-        key = tuple((name, x.shape) for name, x in batch.items())
+        key = _shapes(batch)
         if key not in self.compiled:
             shape = " x ".join(map(str, max((x.shape for x in batch.values()), key=math.prod)))
             self.read_metrics()  # what still runs is training
             self.lap("train")
             with self.progress.phase(f"compiling the training step for a batch of {shape}"):
                 self.compiled[key] = self.jitted.lower(self.state, batch).compile()
+                self.operations[key] = flops.of_training(self.experiment.task, self.state.params, batch)
             self.lap("compile")
         return self.compiled[key]
 
     def finish(self) -> dict[str, Any]:
         """Draw the curves and write result.json, last."""
+        self.profile()
         self.writer.close()
         result = {"step": self.step, "metrics": self.evaluation["metrics"]}
         if best := self.evaluation["best"]:
@@ -230,6 +256,18 @@ class _Loop:
             write_json(self.workdir / "result.json", result)
             self.progress.table(str(self.workdir), summary(result))
         return result
+
+
+def _shapes(batch: dict[str, jax.Array]) -> tuple:
+    return tuple((name, x.shape) for name, x in batch.items())
+
+
+def _steps(text: str | None) -> range:
+    """Return the steps of "10:15", the last one left out, or raise UserError; none of None."""
+    found = re.fullmatch(r"(\d+):(\d+)", text or "0:0")
+    if found is None or (text and int(found[1]) >= int(found[2])):
+        raise UserError(f"--profile_steps: '{text}' is not FIRST:END, such as 10:15")
+    return range(int(found[1]), int(found[2]))
 
 
 def jit_step(experiment: Experiment) -> Any:

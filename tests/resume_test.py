@@ -125,7 +125,11 @@ def arrays(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
 
 def untimed(record: dict) -> dict:
     """Drops what may differ between two runs of one command."""
-    return {k: v for k, v in record.items() if not k.endswith(("_per_second", "_seconds")) and k != "peak_memory_bytes"}
+    return {
+        k: v
+        for k, v in record.items()
+        if not k.endswith(("_per_second", "_seconds", "waiting_share")) and k != "peak_memory_bytes"
+    }
 
 
 def history(workdir: pathlib.Path) -> list[dict]:

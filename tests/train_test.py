@@ -191,3 +191,20 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
     assert json.loads((tmp_path / "run.json").read_text())["ended"].startswith("NonFiniteError")
     assert not (tmp_path / "result.json").exists()
     assert evaluate.run(exploding, tmp_path)["step"] == 2
+
+
+def test_lines_tell_operations_and_waiting_and_some_steps_are_traced(tmp_path, capsys):
+    train.run(config(), tmp_path, profile_steps="5:7")
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [row for row in rows if "train/loss" in row]
+    assert all(row["train/operations_per_second"] > 0 and 0 <= row["train/waiting_share"] < 1 for row in lines)
+    assert not any("train/mfu" in row for row in lines)  # nobody says what a CPU's peak is
+    assert "traced the steps 5 to 6" in capsys.readouterr().err
+    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    assert trace.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("steps", ["5", "7:5", "a:b"])
+def test_steps_to_trace_are_a_range(steps, tmp_path):
+    with pytest.raises(UserError, match=f"--profile_steps: '{steps}' is not FIRST:END"):
+        train.run(config(), tmp_path, profile_steps=steps)

@@ -14,9 +14,16 @@ class NonFiniteError(Exception):
 class Meter:
     """Sums on the host, in float64; its state goes into the checkpoint, so that a resumed run logs the same numbers."""
 
-    def __init__(self, state: Mapping[str, Any] | None = None):
-        """Go on from what `state` returned, else begins at zero."""
+    def __init__(self, state: Mapping[str, Any] | None = None, devices: int = 1, peak: float | None = None):
+        """Go on from what `state` returned, else begin at zero.
+
+        Args:
+          state: None for a new run.
+          devices: over how many the operations of a step are spread.
+          peak: operations a second that a device can do; None where it is not known.
+        """
         state = state or {}
+        self._devices, self._peak = devices, peak
         self._means: dict[str, list[float]] = {k: list(v) for k, v in state.get("means", {}).items()}
         self._interval: dict[str, float] = dict(state.get("interval", {}))
         self._run: dict[str, float] = dict(state.get("run", {}))
@@ -51,8 +58,12 @@ class Meter:
             counts["places"] = counts.get("places", 0.0) + float(numbers.size) * processes
         self._add(counts)
 
+    def add_operations(self, operations: float) -> None:
+        """Add the operations of a step, by the convention of `flops`."""
+        self._add({"operations": operations})
+
     def add_seconds(self, **seconds: float) -> None:
-        """Add time spent: `train` seconds, or `compile` seconds."""
+        """Add time spent: `train` seconds, of which some are `wait` seconds, without data; or `compile` seconds."""
         self._add({f"{name}_seconds": value for name, value in seconds.items()})
 
     def flush(self) -> dict[str, float]:
@@ -60,23 +71,28 @@ class Meter:
         if not self._means:
             return {}
         row = {f"train/{k}": total / count if count else math.nan for k, (total, count) in self._means.items()}
-        row |= {f"train/{k}": v for k, v in _speeds(self._interval).items()}
+        row |= {f"train/{k}": v for k, v in self._speeds(self._interval).items()}
         self._means, self._interval = {}, {}
         return row
 
     def summary(self) -> dict[str, float]:
         """Return the times and speeds of the whole run; compilation counts apart."""
         times = {name: self._run.get(name, 0.0) for name in ("train_seconds", "compile_seconds")}
-        return times | _speeds(self._run)
+        return times | self._speeds(self._run)
 
     def _add(self, counts: Mapping[str, float]) -> None:
         for sums in (self._interval, self._run):
             for name, value in counts.items():
                 sums[name] = sums.get(name, 0.0) + value
 
-
-def _speeds(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return per-second rates and the share of places that hold padding."""
-    seconds = max(sums.get("train_seconds", 0.0), 1e-9)
-    rates = {f"{k}_per_second": sums[k] / seconds for k in ("steps", "examples", "tokens") if k in sums}
-    return rates | ({"padding_share": 1 - sums["tokens"] / sums["places"]} if sums.get("places") else {})
+    def _speeds(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return rates, "mfu", and shares: of places that hold padding, and of time without data."""
+        seconds = max(sums.get("train_seconds", 0.0), 1e-9)
+        rates = {f"{k}_per_second": sums[k] / seconds for k in ("steps", "examples", "tokens") if k in sums}
+        if "operations" in sums:
+            rates["operations_per_second"] = sums["operations"] / seconds / self._devices
+            if self._peak:
+                rates["mfu"] = rates["operations_per_second"] / self._peak
+        if sums.get("places"):
+            rates["padding_share"] = 1 - sums["tokens"] / sums["places"]
+        return rates | ({"waiting_share": sums["wait_seconds"] / seconds} if "wait_seconds" in sums else {})

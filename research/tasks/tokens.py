@@ -83,7 +83,8 @@ def score(
     if chunk is None:
         every = jax.eval_shape(functools.partial(logits, model), params, hidden_BxTxD)
         chunk = block_size(every.shape, hidden_BxTxD.dtype)
-    loss, plain, correct = in_blocks(sums, chunk or length, params, hidden_BxTxD, targets_BxT, weights_BxT)
+    with jax.named_scope("loss"):
+        loss, plain, correct = in_blocks(sums, chunk or length, params, hidden_BxTxD, targets_BxT, weights_BxT)
     count = weights_BxT.sum()
     means = {"loss": Mean(loss, count), "accuracy": Mean(correct, count)}
     if "target_bytes" in batch:

@@ -1,6 +1,7 @@
 """Every implementation of attention against the reference: values and gradients, over what may attend to what."""
 
 import functools
+import importlib.util
 import re
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research import sharding
 from research.errors import UserError
 from research.models import attention, kernels
 from research.models import flash as flash_kernel
@@ -213,6 +215,28 @@ def test_a_kernel_that_knows_lengths_alone_makes_other_rows_nan():
     rows = np.stack([numbers(256), numbers(131), numbers(256, first=1)[:256], numbers(100, 30, 90)])
     refused = kernels._refused(jnp.ones((4, LENGTH, 1, 1)), [jnp.asarray(rows)])
     assert np.isnan(refused).any(axis=(1, 2, 3)).tolist() == [False, False, True, True]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra tpu")
+@pytest.mark.parametrize("name", ["causal", "causal documents", "another sequence"])
+def test_splash_is_compiled_for_a_slice_that_is_not_here(name, monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    structure = STRUCTURES[name]
+    inputs = [jnp.repeat(x, 2, axis=0) for x in operands(structure, dtype=jnp.bfloat16)]
+    rows = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), structure)
+    mesh = sharding.make_mesh(devices=list(devices))
+
+    def total(inputs):
+        return attend(*inputs, rows).astype(jnp.float32).sum()
+
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for x in inputs]
+    compiled = jax.jit(sharding.over(mesh, jax.grad(total))).lower(shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * LENGTH**2 * 4  # no scores of all
 
 
 @pytest.mark.gpu

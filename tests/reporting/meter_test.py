@@ -64,3 +64,14 @@ def test_a_metric_that_counted_nothing_is_nan():
     meter = Meter()
     meter.add_metrics(1, {"accuracy": Mean(np.float32(0), np.float32(0))})
     assert math.isnan(meter.flush()["train/accuracy"])
+
+
+def test_operations_are_told_a_device_and_as_a_share_of_its_peak():
+    meter = Meter(devices=4, peak=50.0)
+    meter.add_operations(400.0)
+    meter.add_seconds(train=2.0, wait=0.5)
+    summary = meter.summary()
+    assert (summary["operations_per_second"], summary["mfu"], summary["waiting_share"]) == (50.0, 1.0, 0.25)
+    unknown = Meter()
+    unknown.add_operations(1.0)
+    assert "mfu" not in unknown.summary()
