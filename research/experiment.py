@@ -214,6 +214,8 @@ class Experiment:
     @functools.cached_property
     def abstract_state(self) -> step.TrainState:
         """The train state's shapes, dtypes and shardings."""
+        for name in ("task", "optimizer", "spec"):
+            getattr(self, name)  # built outside of the trace
         shapes = jax.eval_shape(self.init_state)
         placed = sharding.state_shardings(shapes, self.mesh, self._section("mesh").get("shard_optimizer", False))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)

@@ -236,8 +236,9 @@ def _feature(name: str, config: ConfigDict, section: Mapping[str, Any]) -> tuple
     """Return the shape of one example's feature, and its dtype."""
     if name in ("mask", "label"):
         return [], "float32" if name == "mask" else "int32"
-    boxes = _setting(config.data, "max_boxes")
-    side = _setting(config.data, "size") or _setting(config.task.model, "image_size")
+    ops = config.data.get("ops")
+    boxes = _setting(ops, "max_boxes")
+    side = _setting(ops, "size") or _setting(config.task.model, "image_size")
     images = {
         "image": ([side, side, _setting(config.task.model, "num_channels") or 3], "float32"),
         "pixel_mask": ([side, side], "float32"),
@@ -254,7 +255,7 @@ def _feature(name: str, config: ConfigDict, section: Mapping[str, Any]) -> tuple
     decoder = "decoder_input_ids" in config.data.features and name.startswith(("decoder_", "target"))
     key = "decoder_length" if decoder else "length"
     packed, most = ("pack_decoder", "decoder_max_length") if decoder else ("pack", "max_length")
-    length = section.get(key) or config.data.get(packed) or _setting(config.data, most)
+    length = section.get(key) or config.data.get(packed) or _setting(ops, most)
     if not length:
         raise UserError(f"config.plan.{key}: say how many tokens a row has; '{name}' needs it")
     return [length], "float32" if name == "target_mask" else "int32"

@@ -12,6 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests that repeat a check of the default suite on another model, setting or moment, by file and the beginning of the
 # name. `make test-slow` runs them.
 SLOW = {
+    "collectives": [
+        "test_data_parallel_devices_exchange_gradients_alone[bert",
+        "test_data_parallel_devices_exchange_gradients_alone[detr",
+        "test_data_parallel_devices_exchange_gradients_alone[the others",
+        "test_fully_sharded_devices_gather_parameters_alone[llama",
+    ],
     "configs": [
         *("test_tiny_learns[finetune_detection", "test_tiny_learns[detr_coco", "test_tiny_learns[dinov2_garments"),
         *("test_tiny_learns[vit_imagenet", "test_tiny_learns[vit_cifar", "test_tiny_learns[finetune_images"),

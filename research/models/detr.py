@@ -227,4 +227,6 @@ class Detr(nn.Module):
         x_BxSxD = self.encoder(x_BxSxD, to_places(height * width), position_BxSxD)
         source_structure = to_places(self.num_queries)
         hidden_LxBxQxD = self.decoder(self.queries, x_BxSxD, source_structure, position_BxSxD).astype(jnp.float32)
-        return self.class_head(hidden_LxBxQxD), self.box_head(hidden_LxBxQxD)
+        # Examples first: linear layers flatten all but the last axis, and only the first can stay split over devices.
+        hidden_BxLxQxD = hidden_LxBxQxD.swapaxes(0, 1)
+        return self.class_head(hidden_BxLxQxD).swapaxes(0, 1), self.box_head(hidden_BxLxQxD).swapaxes(0, 1)

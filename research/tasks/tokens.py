@@ -69,7 +69,7 @@ def score(
     weights_BxT = batch["target_mask"] * batch["mask"][:, None]
     targets_BxT = batch["targets"]
     if most is not None and most < targets_BxT.shape[1]:
-        _, chosen_BxN = jax.lax.top_k(weights_BxT, most)
+        chosen_BxN = jnp.argsort(-weights_BxT, axis=1)[:, :most]  # top_k would gather the batch on every device
         weights_BxT, targets_BxT = (jnp.take_along_axis(x, chosen_BxN, 1) for x in (weights_BxT, targets_BxT))
         hidden_BxTxD = jnp.take_along_axis(hidden_BxTxD, chosen_BxN[..., None], 1)
 
