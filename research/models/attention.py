@@ -282,15 +282,9 @@ def _dropped(dropout: DropWeights | None, length: int, start: jax.Array | int) -
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": _whole,
     "chunked": chunked,
-    "cudnn": lambda query, key, value, structure, bias, scale, dropout: kernels.cudnn(
-        query, key, value, structure, bias, scale
-    ),
-    "flash": lambda query, key, value, structure, bias, scale, dropout: kernels.flash(
-        query, key, value, structure, scale, dropout
-    ),
-    "splash": lambda query, key, value, structure, bias, scale, dropout: kernels.splash(
-        query, key, value, structure, bias, scale
-    ),
+    "cudnn": kernels.cudnn,
+    "flash": kernels.flash,
+    "splash": kernels.splash,
 }
 NAMES = ("auto", *IMPLEMENTATIONS)
 # Best first. On an H200, 32 rows of 1,024 causal tokens in 12 heads of 64 took cuDNN 0.83 ms both ways, and

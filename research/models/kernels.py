@@ -49,8 +49,10 @@ def cudnn(
     structure: "Structure",
     bias: jax.Array | None,
     scale: float,
+    dropout: None = None,
 ) -> jax.Array:
     """Compute attention by cuDNN's flash attention; odd lengths, which it has no backward pass for, are filled up."""
+    del dropout  # refused before
     length, size = query.shape[1], key.shape[1]
     lengths: tuple[jax.Array, ...] | tuple[None, None] = (None, None)
     if structure.keys_BxS is not None and structure.queries_BxT is not None:
@@ -106,15 +108,16 @@ def splash(
     key: jax.Array,
     value: jax.Array,
     structure: "Structure",
-    bias: jax.Array | None,
+    bias: None,
     scale: float,
+    dropout: None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Compute attention by splash attention, in blocks that skip what may not attend; each device its own share.
 
     Lengths are filled up to whole blocks with padding that nothing attends to.
     """
-    del bias  # refused above
+    del bias, dropout  # refused before
     length, size = query.shape[1], key.shape[1]
     operands = [query * scale, key, value, *_numbers(query, key, structure)]
     filled = [_filled(x, 1, SPLASH_BLOCK if x.shape[1] > SPLASH_BLOCK else LANES) for x in operands]
@@ -186,11 +189,13 @@ def flash(
     key: jax.Array,
     value: jax.Array,
     structure: "Structure",
+    bias: None,
     scale: float,
     dropout: "DropWeights | None",
     interpret: bool = False,
 ) -> jax.Array:
     """Compute attention by `flash.flash`; each device its own share, with the dropout of the whole."""
+    del bias  # refused before
     options = flash_kernel.Options(
         causal=structure.causal,
         window=structure.window,

@@ -77,7 +77,7 @@ def splash(structure, query, key, value):
 
 
 def flash(structure, query, key, value, dropout=None):
-    return kernels.flash(query, key, value, structure, query.shape[-1] ** -0.5, dropout, interpret=True)
+    return kernels.flash(query, key, value, structure, None, query.shape[-1] ** -0.5, dropout, interpret=True)
 
 
 @pytest.fixture
