@@ -69,7 +69,9 @@ def make_mesh(
     kinds = (AxisType.Auto,) * len(AXES)
     if isinstance(devices, int):
         return cast(Mesh, AbstractMesh(tuple(sizes), AXES, kinds))
-    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    if devices is not None:  # in their own order: a plan asks what is exchanged, not over which link
+        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=kinds)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds)
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -167,6 +169,12 @@ def platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+def device_kind() -> str:
+    """Return what JAX calls the devices that are compiled for, such as "TPU v3"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
 from research.models.layers import words
+from research.sharding import device_kind
 
 try:
     from research.models import flash as flash_kernel
@@ -94,6 +95,7 @@ def splash_obstacle(
     lengths = (query.shape[1], key.shape[1])
     reasons = {
         f"needs a TPU; this is compiled for a {on.upper()}": on != "tpu",
+        f"needs a TPU v4 or later, not a {device_kind()}": device_kind().startswith(("TPU v2", "TPU v3")),
         "has no bias": bias is not None,
         f"needs lengths of {LANES} or more, not {lengths}": min(lengths) < LANES,
         f"needs queries and keys of one length where it is causal, not {lengths}": structure.causal

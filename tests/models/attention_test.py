@@ -218,16 +218,17 @@ def test_a_kernel_that_knows_lengths_alone_makes_other_rows_nan():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra tpu")
+@pytest.mark.parametrize("topology", ["v3:2x2", "v4:2x2x1", "v5e:2x2", "v6e:2x2"])
 @pytest.mark.parametrize("name", ["causal", "causal documents", "another sequence"])
-def test_splash_is_compiled_for_a_slice_that_is_not_here(name, monkeypatch):
+def test_attention_is_compiled_for_slices_that_are_not_here(name, topology, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     structure = STRUCTURES[name]
-    inputs = [jnp.repeat(x, 2, axis=0) for x in operands(structure, dtype=jnp.bfloat16)]
-    rows = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), structure)
+    inputs = [jnp.repeat(x, 4, axis=0) for x in operands(structure, dtype=jnp.bfloat16)]
+    rows = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), structure)
     mesh = sharding.make_mesh(devices=list(devices))
 
     def total(inputs):
@@ -236,7 +237,8 @@ def test_splash_is_compiled_for_a_slice_that_is_not_here(name, monkeypatch):
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for x in inputs]
     compiled = jax.jit(sharding.over(mesh, jax.grad(total))).lower(shapes).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * LENGTH**2 * 4  # no scores of all
+    if topology != "v3:2x2":  # whose kernels have no bfloat16
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * LENGTH**2 * 4  # no scores of all
 
 
 @pytest.mark.gpu
