@@ -295,7 +295,7 @@ def _cheaper(config: ConfigDict, target: Target) -> Iterator[tuple[dict[str, Any
         changes["config.mesh"] = "dict(data=1, fsdp=-1)"
         yield dict(changes), config
     nodes = list(_nodes_with(config.task.model, "remat"))
-    for policy in ("dots", "full"):
+    for policy in ("attention", "dots", "full"):
         if nodes and any(node.get("remat", "none") != policy for node in nodes) and _order(nodes) < _ORDER[policy]:
             for node in nodes:
                 node.remat = policy
@@ -310,7 +310,7 @@ def _cheaper(config: ConfigDict, target: Target) -> Iterator[tuple[dict[str, Any
             yield dict(changes), config
 
 
-_ORDER = {"none": 0, "dots": 1, "offload": 1, "full": 2}
+_ORDER = {"none": 0, "attention": 1, "dots": 2, "offload": 2, "full": 3}
 
 
 def _order(nodes: list[ConfigDict]) -> int:

@@ -2,11 +2,16 @@
 
 import importlib.util
 import os
+import pathlib
+import sys
 
 import pytest
 
-# Compiling is most of what small models cost; the tests need right programs, not fast ones.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# Compiling is most of what small models cost; the tests need right programs, not fast ones. With these, a training
+# step of a small BERT compiled in 0.8 s instead of 3.4 s.
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}".strip()
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # test processes compile for TPUs side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Tests that repeat a check of the default suite on another model, setting or moment, by file and the beginning of the
@@ -103,6 +108,21 @@ SLOW = {
         "test_four_devices_compute_what_one_does[mae",
     ],
 }
+
+
+# Every compiled program maps memory, and a process has 65,530 maps (vm.max_map_count). Beyond them LLVM fails, and
+# serialising its half-made program for the cache on disk is a segmentation fault. One process with the whole suite
+# reaches that; real runs hold a few programs.
+MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_released():
+    """Release the compiled programs of earlier files before their memory maps run out."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        sys.modules["jax"].clear_caches()
 
 
 def pytest_configure(config):

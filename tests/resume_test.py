@@ -54,7 +54,7 @@ class Run:
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | env,
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"} | env,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -309,7 +309,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(reference, cache, tmp_path)
     assert_identical(workdir, reference)
 
 
-FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+FOUR = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
 
 
 @pytest.mark.parametrize(

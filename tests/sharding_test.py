@@ -54,24 +54,18 @@ def made(name, mesh, optimizer=None):
     return experiment
 
 
-def on_four_devices(folder, *names):
-    """Runs this file in a process with four devices, which writes what it computed of each name."""
+def on_four_devices(folder, name):
+    """Runs this file in a process with four devices, which writes what it computed."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    command = [sys.executable, __file__, str(folder), *names]
+    command = [sys.executable, __file__, str(folder), name]
     done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return {name: dict(np.load(folder / f"{name}.npz")) for name in names}
-
-
-@pytest.fixture(scope="module")
-def split(tmp_path_factory):
-    """What four devices computed, config by config."""
-    return on_four_devices(tmp_path_factory.mktemp("split"), *NAMES)
+    return dict(np.load(folder / "found.npz"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_four_devices_compute_what_one_does(name, split):
-    expected, found = train_steps(name, {"data": 1}), split[name]
+def test_four_devices_compute_what_one_does(name, tmp_path):
+    expected, found = train_steps(name, {"data": 1}), on_four_devices(tmp_path, name)
     np.testing.assert_allclose(found.pop("losses"), expected.pop("losses"), rtol=1e-5)
     assert set(found) == set(expected)
     for path, values in expected.items():
@@ -82,7 +76,7 @@ def test_four_devices_compute_what_one_does(name, split):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_state_of_an_optimizer_is_split_and_computes_the_same(setting, tmp_path):
     expected = train_steps("vit_imagenet:deit-tiny", {"data": 1}, SETTINGS[setting][0])
-    found = on_four_devices(tmp_path, setting)[setting]
+    found = on_four_devices(tmp_path, setting)
     np.testing.assert_allclose(found.pop("losses"), expected.pop("losses"), rtol=1e-5)
     for path, values in expected.items():
         np.testing.assert_allclose(found[path], values, rtol=0, atol=2e-4, err_msg=path)
@@ -113,7 +107,7 @@ def test_what_an_optimizer_keeps_is_split_as_its_parameter_is():
 
 
 if __name__ == "__main__":
-    for name in sys.argv[2:]:
-        section, mesh = SETTINGS.get(name, ({}, MESH))
-        config_name = "vit_imagenet:deit-tiny" if name in SETTINGS else name
-        np.savez(pathlib.Path(sys.argv[1]) / f"{name}.npz", **train_steps(config_name, mesh, section))
+    folder, name = sys.argv[1:]
+    section, mesh = SETTINGS.get(name, ({}, MESH))
+    config_name = "vit_imagenet:deit-tiny" if name in SETTINGS else name
+    np.savez(pathlib.Path(folder) / "found.npz", **train_steps(config_name, mesh, section))

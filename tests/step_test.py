@@ -35,15 +35,20 @@ def make_batch(size=8, length=6, mask=None, seed=0):
     return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
+# Compiled: one program takes a fraction of the time of hundreds of operations that are compiled one by one.
+train_step = jax.jit(step.train_step, static_argnums=(0, 1))
+gradients = jax.jit(step._gradients, static_argnums=(0, 4))
+
+
 def start(task, chosen, batch, seed=0):
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-    return step.init_state(task, chosen, spec, seed)
+    return jax.jit(lambda: step.init_state(task, chosen, spec, seed))()
 
 
 def one_step(batch, microbatches=1, task=None, seed=0):
     task = task or make_task()
     chosen = optimizer.make_optimizer(10, 0.1, "constant", microbatches=microbatches)
-    return step.train_step(task, chosen, start(task, chosen, batch, seed), batch)
+    return train_step(task, chosen, start(task, chosen, batch, seed), batch)
 
 
 @pytest.mark.parametrize("microbatches", [2, 4, 8])
@@ -51,8 +56,8 @@ def one_step(batch, microbatches=1, task=None, seed=0):
 def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches, mask):
     batch, task, rng = make_batch(mask=mask), make_task(), jax.random.key(0)
     params = start(task, optimizer.make_optimizer(10, 0.1), batch).params
-    whole, whole_metrics = step._gradients(task, params, batch, rng, 1)
-    parts, parts_metrics = step._gradients(task, params, batch, rng, microbatches)
+    whole, whole_metrics = gradients(task, params, batch, rng, 1)
+    parts, parts_metrics = gradients(task, params, batch, rng, microbatches)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * scale), whole, parts)
     for name in whole_metrics:
@@ -75,7 +80,7 @@ def test_an_empty_batch_leaves_finite_parameters():
 def test_dropout_is_a_function_of_seed_and_step():
     batch, task = make_batch(), make_task(dropout=0.5)
     chosen = optimizer.make_optimizer(10, 0.0, "constant")
-    run = jax.jit(functools.partial(step.train_step, task, chosen))
+    run = functools.partial(train_step, task, chosen)
     first = start(task, chosen, batch)
     second, metrics = run(first, batch)
     losses = [float(metrics["loss"].compute()) for metrics in (metrics, run(first, batch)[1], run(second, batch)[1])]

@@ -75,7 +75,10 @@ def row(name: str) -> str:
     cells = [f"`{name}`", result["topology"], mesh, f"{result['parameters'] / 1e6:,.0f} M", size("temporary_bytes")]
     cells += [size("peak_bytes"), size("memory_bytes"), {True: "yes", False: "**no**", None: "?"}[result["fits"]]]
     hours = result.get("hours_at_utilisation")
-    cells += [f"{result['operations']:.2g}", "-" if hours is None else f"{hours:,.0f}"]
+    cells += [
+        f"{result['operations']:.2g}",
+        "-" if hours is None else f"{hours:,.3g}" if hours < 1000 else f"{hours:,.0f}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 

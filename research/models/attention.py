@@ -4,6 +4,7 @@ Shape letters as in `layers`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -323,6 +324,8 @@ class Attention(nn.Module):
       query_init: of the queries' kernel, where it is another one.
       out_init: of the last kernel, where it is another one.
       implementation: see `attend`.
+      remat: "attention" keeps nothing between the queries, keys, values and the result for the backward pass, which
+        computes it again (Korthikanti 2022, section 5); other policies are the stack's, see `blocks.REMAT`.
     """
 
     num_heads: int
@@ -338,6 +341,7 @@ class Attention(nn.Module):
     query_init: Initializer | None = None
     out_init: Initializer | None = None
     implementation: str = "auto"
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -411,16 +415,15 @@ class Attention(nn.Module):
         dropout = None if rng is None else DropWeights(self.dropout, rng)
         if not self.is_mutable_collection("intermediates"):
             query, key, value = (constrain(x, "batch", "length", "heads") for x in (query, key, value))
-            return attend(
-                query,
-                key,
-                value,
-                structure,
+            call = functools.partial(
+                attend,
+                structure=structure,
                 bias=bias,
                 scale=self.scale,
                 dropout=dropout,
                 implementation=self.implementation,
             )
+            return (jax.checkpoint(call) if self.remat == "attention" else call)(query, key, value)
         mask, drop_weights = structure.mask(query.shape[1], key.shape[1]), _dropped(dropout, query.shape[1], 0)
         outputs, weights_BxHxTxS = xla(query, key, value, mask, bias, self.scale, drop_weights)
         self.sow("intermediates", "weights", weights_BxHxTxS)

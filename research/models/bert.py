@@ -127,6 +127,7 @@ class Encoder(nn.Module):
                 self.num_heads,
                 dropout=self.attention_dropout,
                 implementation=self.attention,
+                remat=self.remat,
                 **shared,
             ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, **shared),

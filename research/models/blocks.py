@@ -84,10 +84,12 @@ class Block(nn.Module):
 Policy = Callable[..., Any]
 ROWS = ("batch", "length", "width")  # where activations between blocks live
 
-# What the backward pass finds in memory (Chen 2016): everything; the results of products with parameters; nothing but
-# each block's input; or those results in the host's memory.
+# What the backward pass finds in memory (Chen 2016): everything; everything but what is inside of attention, which
+# `Attention` itself sees to; the results of products with parameters; nothing but each block's input; or those results
+# in the host's memory.
 REMAT: dict[str, Policy | None] = {
     "none": None,
+    "attention": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),

@@ -174,6 +174,7 @@ class Detr(nn.Module):
                 dtype=dtype,
                 kernel_init=init,
                 implementation=self.attention,
+                remat=self.remat,
             )
             mlp = functools.partial(
                 layers.MLP, width, self.activation, dropout=self.activation_dropout, dtype=dtype, kernel_init=init

@@ -172,6 +172,7 @@ class DiT(nn.Module):
             kernel_init=_ONE_OF_THREE,
             out_init=_XAVIER,
             implementation=self.attention,
+            remat=self.remat,
         )
         mlp = functools.partial(
             layers.MLP, self.intermediate_size, self.activation, dropout=self.dropout, dtype=dtype, kernel_init=_XAVIER

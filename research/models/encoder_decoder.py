@@ -168,6 +168,7 @@ class EncoderDecoder(nn.Module):
                     scale=1.0 if relative else None,
                     dropout=self.attention_dropout,
                     implementation=self.attention,
+                    remat=self.remat,
                     query_init=query_init,
                     **shared,
                 ),

@@ -117,6 +117,7 @@ class Decoder(nn.Module):
                 norm if self.query_key_norm else None,
                 dropout=self.attention_dropout,
                 implementation=self.attention,
+                remat=self.remat,
                 **shared,
             ),
             mlp=functools.partial(

@@ -166,6 +166,7 @@ class Decoder(nn.Module):
                 use_bias=self.use_bias,
                 dropout=self.attention_dropout,
                 implementation=self.attention,
+                remat=self.remat,
                 **shared,
             ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, self.gated, **shared),

@@ -180,6 +180,7 @@ class Encoder(nn.Module):
                 use_bias=self.use_bias,
                 dropout=self.attention_dropout,
                 implementation=self.attention,
+                remat=self.remat,
                 **shared,
             ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, self.gated, **shared),

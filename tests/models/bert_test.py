@@ -9,8 +9,6 @@ import pytest
 
 from research.models import bert
 
-# Compiles several times faster, which is where these tests spend their time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 12,
@@ -35,7 +33,7 @@ def random_params(model):
     return jax.tree.map(lambda leaf: rng.normal(scale=0.4, size=leaf.shape).astype(np.float32), shapes)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def apply(model, params, *arguments, **options):
     """Applies a model compiled, as a scan that is not would be compiled again in every call."""
     return model.apply({"params": params}, *arguments, **options)
@@ -145,7 +143,7 @@ def test_bfloat16_is_finite_near_float32_and_ends_in_float32():
     assert ours.dtype == jnp.float32
     assert np.abs(ours - expected).max() < 0.1 * np.abs(expected).max()
 
-    gradients = jit(jax.grad(lambda params: half.apply({"params": params}, ids, mask).sum()))(params)
+    gradients = jax.jit(jax.grad(lambda params: half.apply({"params": params}, ids, mask).sum()))(params)
     assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
@@ -159,7 +157,7 @@ def test_the_last_dropout_leaves_the_mean_as_it_is():
     model = with_rates(head_dropout=0.4)
     params, ids = random_params(model), tokens(size=1)
     keys = jax.random.split(jax.random.key(0), 4000)
-    draw = jit(jax.vmap(lambda key: model.apply({"params": params}, ids, rngs={"dropout": key})[0]))
+    draw = jax.jit(jax.vmap(lambda key: model.apply({"params": params}, ids, rngs={"dropout": key})[0]))
     draws = np.asarray(draw(keys))
     spread = draws.std(axis=0) / np.sqrt(len(keys))
     assert (spread > 0).all()
@@ -217,7 +215,7 @@ def test_other_heads_follow_their_formulas(name):
     np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
 
 
-@functools.partial(jit, static_argnums=0, static_argnames="method")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def call(model, params, *arguments, method):
     return model.apply({"params": params}, *arguments, method=method)
 

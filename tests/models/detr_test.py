@@ -12,7 +12,6 @@ from research.errors import UserError
 from research.models.detr import Detr, sinusoids
 from research.models.resnet import ResNet
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 BACKBONE = ResNet((1,), (8,), "basic", stem_width=8, stem_kernel=3, stem_stride=4, stem_pool=False, norm="group")
 FIELDS = {
     "num_outputs": 3,
@@ -41,7 +40,7 @@ def params(model=MODEL):
 
 
 def outputs(model, params, *inputs):
-    found = jit(lambda params, *inputs: model.apply({"params": params}, *inputs))(params, *inputs)
+    found = jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))(params, *inputs)
     return [np.asarray(array) for array in found]
 
 
@@ -108,7 +107,7 @@ def test_unrolling_and_recomputing_change_nothing():
             logits, boxes = model.apply({"params": params}, images())
             return (jnp.sin(logits) * boxes).sum()
 
-        return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jit(jax.grad(loss))(params()))])
+        return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params()))])
 
     other = Detr(BACKBONE, **FIELDS, unroll=2, remat="full")
     assert_same([gradients(other)], [gradients(MODEL)])

@@ -12,8 +12,6 @@ from research.errors import UserError
 from research.models.encoder_decoder import EncoderDecoder
 from research.models.positions import RelativeBias, sinusoids
 
-# Compiles several times faster, which is where these tests spend their time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 12,
@@ -43,7 +41,7 @@ def random_params(model):
     return jax.tree.map(lambda leaf: rng.normal(scale=0.4, size=leaf.shape).astype(np.float32), shapes)
 
 
-@functools.partial(jit, static_argnums=0, static_argnames=("method", "mutable"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("method", "mutable"))
 def apply(model, params, *arguments, cache=None, **options):
     return model.apply({"params": params} | ({"cache": cache} if cache else {}), *arguments, **options)
 
@@ -194,10 +192,10 @@ def bucket(distance, bidirectional, buckets, greatest):
 def test_relative_buckets_follow_the_paper(bidirectional, buckets, greatest):
     module = RelativeBias(1, buckets, greatest, bidirectional)
     table = {"params": {"embedding": jnp.arange(buckets, dtype=jnp.float32)[:, None]}}
-    ours = jit(lambda: module.apply(table, 150, 150))()[0, 0]
+    ours = jax.jit(lambda: module.apply(table, 150, 150))()[0, 0]
     expected = [[bucket(key - query, bidirectional, buckets, greatest) for key in range(150)] for query in range(150)]
     np.testing.assert_array_equal(ours, expected)
-    later = jit(lambda index: module.apply(table, 3, 150, index))(90)[0, 0]
+    later = jax.jit(lambda index: module.apply(table, 3, 150, index))(90)[0, 0]
     np.testing.assert_array_equal(later, expected[90:93])
 
 
@@ -230,7 +228,7 @@ def test_positions_count_what_is_no_padding_and_matter():
 # Initial values
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def initial(model, source, target):
     """Returns new parameters with the encoder's states and the logits that they make."""
     params = model.init(jax.random.key(0), source, target)
@@ -256,7 +254,7 @@ def test_initial_values_keep_the_variance_at_one(kind):
 
 def test_a_standard_deviation_may_be_given():
     model = make("t5", initializer_range=0.07, vocab_size=500)
-    params = jit(model.init)(jax.random.key(0), tokens(0, 3), tokens(1, 3))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens(0, 3), tokens(1, 3))["params"]
     assert 0.065 < np.std(params["word"]["embedding"]) < 0.075
     assert 0.06 < np.std(params["encoder"]["layers"]["mlp"]["up"]["kernel"]) < 0.08
     assert 0.06 < np.std(params["encoder"]["layers"]["attention"]["query"]["kernel"]) < 0.08

@@ -10,9 +10,6 @@ import pytest
 from research.errors import UserError
 from research.models.gpt import Decoder
 
-# Compiles several times faster, which is where these tests spend their time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 SIZES = {
     "vocab_size": 23,
     "hidden_size": 12,
@@ -65,7 +62,7 @@ def params_of(model):
     return random_params(next(name for name, other in MODELS.items() if other == model))
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def logits(model, params, ids, mask=None, positions=None):
     return model.apply({"params": params}, ids, mask, positions)
 
@@ -114,7 +111,7 @@ def test_padding_changes_nothing(model, side):
     assert np.isfinite(got).all()
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def step(model, params, cache, ids, mask):
     variables = {"params": params} | ({"cache": cache} if cache else {})
     hidden, changed = model.apply(variables, ids, mask, method="hidden", mutable=["cache"])
@@ -178,7 +175,7 @@ def test_rotary_positions_count_by_their_differences_only():
     positions = np.broadcast_to(np.arange(8), (2, 8)).astype(np.int32)
     for scaling in (None, {"rope_type": "linear", "factor": 2.0}):
         model = MODELS["llama"].clone(rope_scaling=scaling)
-        compiled = jit(lambda positions, model=model: model.apply({"params": params}, ids, None, positions))
+        compiled = jax.jit(lambda positions, model=model: model.apply({"params": params}, ids, None, positions))
         want = compiled(positions)
         assert_close(compiled(positions + 37), want)
         assert np.abs(compiled(positions * 2) - want).max() > 1e-2 * np.abs(want).max()
@@ -199,7 +196,7 @@ def test_gradients_are_finite_and_reach_every_parameter(model):
     ids, targets = tokens(2, 8), tokens(2, 8, seed=1)
     mask = np.pad(np.ones((2, 6), np.int32), ((0, 0), (2, 0)))
 
-    @jit
+    @jax.jit
     def gradient(params):
         def loss(params):
             chosen = jax.nn.log_softmax(model.apply({"params": params}, ids, mask))
@@ -218,7 +215,7 @@ def test_remat_unroll_and_dropout():
     params = params_of(model)
     want = logits(model, params, ids)
     assert_close(logits(model.clone(remat="full", unroll=2, dropout=0.5, attention_dropout=0.5), params, ids), want)
-    dropped = jit(
+    dropped = jax.jit(
         lambda key: model.clone(dropout=0.5).apply({"params": params}, ids, rngs={"dropout": jax.random.key(key)})
     )
     assert np.abs(dropped(0) - want).max() > 1e-2

@@ -14,15 +14,12 @@ from research.models import layers
 from research.models.attention import Attention, Structure, xla
 from research.models.blocks import Block, stack
 
-# Compiles several times faster, which is where these tests spend their time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@functools.partial(jit, static_argnums=0, static_argnames=("mutable", "capture_intermediates"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("mutable", "capture_intermediates"))
 def apply(module, params, *arguments, **options):
     """Applies a module compiled, as a scan that is not would be compiled again in every call."""
     return module.apply({"params": params}, *arguments, **options)
@@ -237,7 +234,7 @@ def test_a_stack_initialises_its_layers_differently():
     assert not np.allclose(kernel[0], kernel[1])
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def loss_and_gradients(stack, params, x):
     def loss(params):
         return jnp.square(stack.apply({"params": params}, x, rngs={"dropout": jax.random.key(1)})).mean()
@@ -308,7 +305,7 @@ def test_norms_have_the_gradients_of_their_formulas(shape):
 
     def gradients(function, *arguments):
         total = lambda *arguments: (function(*arguments) * weights).sum()  # noqa: E731
-        return jit(jax.grad(total, tuple(range(len(arguments)))))(*arguments)
+        return jax.jit(jax.grad(total, tuple(range(len(arguments)))))(*arguments)
 
     for ours, formula, arguments in [
         (lambda *a: layers.layer_norm(*a, 0.1), layer, (x, scale, bias)),

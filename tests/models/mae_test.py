@@ -12,8 +12,6 @@ from research.errors import UserError
 from research.models import vit
 from research.models.mae import MaskedAutoencoder
 
-# Compiles several times faster, which is where these tests spend their time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = {
     "image_size": 20,
     "patch_size": 4,
@@ -49,7 +47,7 @@ def random_params(model):
     return jax.tree.map(lambda leaf: rng.normal(scale=0.4, size=leaf.shape).astype(np.float32), shapes(model))
 
 
-@functools.partial(jit, static_argnums=0, static_argnames="method")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def apply(model, params, *arguments, method="__call__"):
     return model.apply({"params": params}, *arguments, method=method)
 

@@ -13,7 +13,6 @@ import pytest
 from research.errors import UserError
 from research.models import resnet
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL = {"depths": (1, 2), "widths": (8, 12), "block": "basic", "stem_width": 4}
 
 
@@ -31,7 +30,7 @@ def random_params(module, *inputs):
 
 
 def apply(module, params, *inputs):
-    return np.asarray(jit(lambda params, *inputs: module.apply({"params": params}, *inputs))(params, *inputs))
+    return np.asarray(jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs))(params, *inputs))
 
 
 @pytest.mark.parametrize(

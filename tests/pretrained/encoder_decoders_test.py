@@ -1,6 +1,5 @@
 """T5 and Marian: folders written and read here, and logits, exports and generation against Transformers."""
 
-import functools
 import json
 
 import flax.traverse_util
@@ -13,7 +12,6 @@ from research.errors import UserError
 from research.models.encoder_decoder import EncoderDecoder
 from research.pretrained import huggingface
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOLERANCE = 5e-5  # of the largest logit
 SIZES = {"vocab_size": 31, "hidden_size": 12, "num_layers": 2, "num_heads": 3, "intermediate_size": 20}
 T5 = {"positions": "relative", "norm": "rms", "norm_first": True, "use_bias": False, "embedding_scale": 1.0}
@@ -99,7 +97,7 @@ def test_save_then_load_gives_the_same_bits(name, folder):
     assert_equal(params, random_params(MODELS[name]))
     assert report == huggingface.Report((), ())
     ids, targets = np.ones((2, 5), np.int32), np.ones((2, 3), np.int32)
-    outputs = [jit(one.apply)({"params": params}, ids, targets) for one in (model, MODELS[name])]
+    outputs = [jax.jit(one.apply)({"params": params}, ids, targets) for one in (model, MODELS[name])]
     np.testing.assert_array_equal(*outputs)
 
 
@@ -368,7 +366,7 @@ def peer_logits(model, arrays):
 
 def our_logits(model, params, arrays):
     named = {f"{name}_Bx{'T' if 'decoder' in name else 'S'}": array for name, array in arrays.items()}
-    return np.asarray(jit(lambda params: model.apply({"params": params}, **named))(params))
+    return np.asarray(jax.jit(lambda params: model.apply({"params": params}, **named))(params))
 
 
 def assert_close(ours, theirs, arrays, what):

@@ -1,7 +1,6 @@
 """Masked reconstruction: what its loss counts, what it hides, and that it learns."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
@@ -39,7 +38,6 @@ MODEL = MaskedAutoencoder(ENCODER, 16, 1, 2, 32)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(1.0, 2.0, (5, 12, 12, 2)).astype(np.float32)
 NOISE = RNG.random((5, 9)).astype(np.float32)
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Given(nn.Module):
@@ -109,7 +107,7 @@ def test_right_predictions_paint_the_image_itself(normalize):
 def test_prediction_hides_what_the_noise_or_the_key_says():
     task = Reconstruction(MODEL)
     params = task.init(jax.random.key(0), spec())
-    predict = jit(task.predict)
+    predict = jax.jit(task.predict)
     given = predict(params, batch(noise=NOISE), jax.random.key(0))
     for row, masked in zip(NOISE, given["masked"]):
         assert sorted(np.flatnonzero(~masked)) == sorted(np.argsort(row)[:2])
@@ -126,7 +124,7 @@ def test_prediction_hides_what_the_noise_or_the_key_says():
 def test_evaluation_does_not_depend_on_the_batches():
     task = Reconstruction(MODEL)
     params = task.init(jax.random.key(0), spec())
-    metrics = jit(task.metrics)
+    metrics = jax.jit(task.metrics)
     whole = metrics(params, batch())["loss"]
     turned = metrics(params, batch(IMAGES[::-1]))["loss"]
     alone = merge([metrics(params, batch(IMAGES[i : i + 1])) for i in range(5)])["loss"]

@@ -11,7 +11,6 @@ from research.models import gpt
 from research.tasks import cross_entropy, tokens
 from research.tasks.causal_lm import CausalLM
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 V, B, T = 23, 3, 10
 
 
@@ -37,20 +36,20 @@ def spec(rows):
 
 @functools.cache
 def params():
-    return jit(lambda: CausalLM(model()).init(jax.random.key(0), spec(batch())))()
+    return jax.jit(lambda: CausalLM(model()).init(jax.random.key(0), spec(batch())))()
 
 
 def gradient(task, rows):
-    return jit(jax.value_and_grad(lambda p: task.loss(p, rows, jax.random.key(0))[0].total))(params())
+    return jax.jit(jax.value_and_grad(lambda p: task.loss(p, rows, jax.random.key(0))[0].total))(params())
 
 
 def test_the_loss_is_the_mean_over_the_targets_that_count():
     rows = batch()
-    logits = jit(model().apply)({"params": params()}, rows["input_ids"])
+    logits = jax.jit(model().apply)({"params": params()}, rows["input_ids"])
     log_p = jax.nn.log_softmax(logits)
     weights = rows["target_mask"] * rows["mask"][:, None]
     expected = -np.take_along_axis(np.asarray(log_p), rows["targets"][..., None], 2)[..., 0]
-    metrics = jit(CausalLM(model()).metrics)(params(), rows)
+    metrics = jax.jit(CausalLM(model()).metrics)(params(), rows)
     np.testing.assert_allclose(metrics["loss"].compute(), (expected * weights).sum() / weights.sum(), rtol=1e-5)
     right = (np.asarray(logits).argmax(-1) == rows["targets"]) * weights
     np.testing.assert_allclose(metrics["accuracy"].compute(), right.sum() / weights.sum(), rtol=1e-6)
@@ -71,7 +70,7 @@ def test_chunks_never_hold_the_logits_of_all_positions():
         task = CausalLM(wide, logits_chunk=chunk)
         state = jax.eval_shape(lambda: task.init(jax.random.key(0), spec(rows)))
         step = jax.grad(lambda p: task.loss(p, rows, jax.random.key(0))[0].total)
-        return jit(step).lower(state).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(step).lower(state).compile().memory_analysis().temp_size_in_bytes
 
     assert memory(8) < memory(0) / 3
 
@@ -94,7 +93,7 @@ def test_packed_documents_have_the_loss_of_the_same_documents_apart():
 
 def test_bits_per_byte_counts_the_bytes_of_the_targets():
     rows = batch() | {"target_bytes": np.full((B, T), 3, np.int32)}
-    metrics = jit(CausalLM(model()).metrics)(params(), rows)
+    metrics = jax.jit(CausalLM(model()).metrics)(params(), rows)
     np.testing.assert_allclose(metrics["bits_per_byte"].compute(), metrics["loss"].compute() / np.log(2) / 3, rtol=1e-6)
 
 
@@ -135,15 +134,15 @@ def plain(task, rows):
         losses = -(log_p * of_target).sum(-1) + task.z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
         return (losses * weights).sum()
 
-    return jit(jax.value_and_grad(loss))
+    return jax.jit(jax.value_and_grad(loss))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [None, 0, 4])
 def test_the_loss_and_its_gradient_are_those_of_all_logits(tied, chunk):
     task, rows = CausalLM(model(tie_embeddings=tied), logits_chunk=chunk, z_loss=0.01), batch()
-    values = jit(lambda: task.init(jax.random.key(1), spec(rows)))()
-    loss, gradients = jit(jax.value_and_grad(lambda p: task.loss(p, rows, jax.random.key(0))[0].total))(values)
+    values = jax.jit(lambda: task.init(jax.random.key(1), spec(rows)))()
+    loss, gradients = jax.jit(jax.value_and_grad(lambda p: task.loss(p, rows, jax.random.key(0))[0].total))(values)
     expected_loss, expected = plain(task, rows)(values)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected)):
