@@ -91,8 +91,12 @@ def hub(tmp_path_factory):
     return saved
 
 
+def start(model, *inputs):
+    return jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
+
+
 def save_model(folder, model, num_inputs, sentinels=0):
-    params = model.init(jax.random.key(0), *[np.zeros((1, 4), np.int32)] * num_inputs)["params"]
+    params = start(model, *[np.zeros((1, 4), np.int32)] * num_inputs)
     files = tokenizer.byte_level(sentinels).save(folder)
     return huggingface.save(folder / "model", model, params, tokenizer_files=files)
 
@@ -100,20 +104,20 @@ def save_model(folder, model, num_inputs, sentinels=0):
 def save_image_model(folder, patch_size=16, pooling="token", **fields):
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
     model = vit.ImageClassifier(vit.Encoder(2 * patch_size, patch_size, **sizes, **fields), 2, pooling)
-    params = model.init(jax.random.key(0), np.zeros((1, 2 * patch_size, 2 * patch_size, 3), np.float32))["params"]
+    params = start(model, np.zeros((1, 2 * patch_size, 2 * patch_size, 3), np.float32))
     return huggingface.save(folder, model, params)
 
 
 def save_denoiser(folder, model):
     image = np.zeros((1, *model.shape), np.float32)
-    params = model.init(jax.random.key(0), image, np.zeros(1), np.zeros(1, np.int32))["params"]
+    params = start(model, image, np.zeros(1), np.zeros(1, np.int32))
     return huggingface.save(folder, model, params)
 
 
 def save_detector(folder):
     sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 8}
     model = detr.Detr(resnet.ResNet((1,), (8,), "basic", stem_width=4), 91, **sizes)
-    return huggingface.save(folder, model, model.init(jax.random.key(0), np.zeros((1, 32, 32, 3)))["params"])
+    return huggingface.save(folder, model, start(model, np.zeros((1, 32, 32, 3))))
 
 
 def get_config(key):

@@ -82,10 +82,10 @@ def test_an_encoder_of_images_is_exported_at_the_size_that_it_was_trained_at(pos
     experiment = experiment_on_images(20, encoder)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(2, 20, 20, 3)), jnp.float32)
-    params = jax.device_get(experiment.task.model.init(jax.random.key(0), images)["params"])
+    params = jax.device_get(jax.jit(experiment.task.model.init)(jax.random.key(0), images)["params"])
     model, fitted = export.at_trained_size(experiment, params)
     assert model.encoder.image_size == 20
-    jax.tree.map(lambda a, b: None, model.init(jax.random.key(0), images)["params"], fitted)
+    jax.tree.map(lambda a, b: None, jax.eval_shape(model.init, jax.random.key(0), images)["params"], fitted)
     want = experiment.task.model.apply({"params": jax.tree.map(jnp.asarray, params)}, images)
     found = model.apply({"params": jax.tree.map(jnp.asarray, fitted)}, images)
     np.testing.assert_allclose(found, want, atol=1e-6)

@@ -61,9 +61,9 @@ def test_cheaper_configs_shard_recompute_and_split(monkeypatch):
     target = plan._target("h100x8")
     changes = [changes for changes, _ in plan._cheaper(config, target)]
     assert changes[0] == {"config.mesh": "dict(data=1, fsdp=-1)"}
-    assert [list(change)[-1] for change in changes[1:3]] == ["remat", "remat"]
-    assert changes[2]["remat"] == "full"
-    assert [change["config.optimizer.microbatches"] for change in changes[3:]] == [10, 20]
+    assert [list(change)[-1] for change in changes[1:4]] == ["remat"] * 3
+    assert [change["remat"] for change in changes[1:4]] == ["attention", "dots", "full"]
+    assert [change["config.optimizer.microbatches"] for change in changes[4:]] == [10, 20]
     assert config.mesh.data == -1  # what is asked of is left as it was
 
 

@@ -46,9 +46,13 @@ def drawn(monkeypatch):
     return calls
 
 
+def start(evaluator):
+    return jax.jit(lambda: evaluator.task.init(jax.random.key(0), evaluator.data.spec))()
+
+
 def test_the_picture_shows_the_first_images(drawn):
     found = evaluator()
-    params = found.task.init(jax.random.key(0), found.data.spec)
+    params = start(found)
     result = found(params)
     assert list(result) == ["images"]
     assert (result["images"].dtype, result["images"].ndim) == (np.uint8, 3)
@@ -69,7 +73,7 @@ def test_the_picture_shows_the_first_images(drawn):
 def test_plain_pixels_are_predicted_without_help(drawn):
     model = MaskedAutoencoder(ENCODER, 8, 1, 2, 8, 0.5, normalize_targets=False)
     found = evaluator(mean=(0.0,), std=(1.0,), model=model)
-    found(found.task.init(jax.random.key(0), found.data.spec))
+    found(start(found))
     np.testing.assert_allclose(drawn[0][0][0], SOURCE[0]["image"] / 255, atol=1e-6)
     assert drawn[0][3] == "50% of the patches are masked (blue)"
 

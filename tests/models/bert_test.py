@@ -255,7 +255,7 @@ def test_a_question_answerer_drops_nothing_unless_it_is_told_to():
 
 def test_positions_may_begin_as_sinusoids_as_large_as_the_others():
     encoder = bert.Encoder(**SIZES | {"hidden_size": 48}, initializer_range=0.1, sinusoidal_start=True)
-    table = encoder.init(jax.random.key(0), tokens())["params"]["embeddings"]["position"]["embedding"]
+    table = jax.jit(encoder.init)(jax.random.key(0), tokens())["params"]["embeddings"]["position"]["embedding"]
     np.testing.assert_allclose(np.square(table).mean(), 0.1**2, rtol=1e-5)
     products = np.asarray(table @ table.T)
     for distance in (0, 1, 5):  # they depend on the distance alone

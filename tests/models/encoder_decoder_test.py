@@ -231,7 +231,7 @@ def test_positions_count_what_is_no_padding_and_matter():
 @functools.partial(jax.jit, static_argnums=0)
 def initial(model, source, target):
     """Returns new parameters with the encoder's states and the logits that they make."""
-    params = model.init(jax.random.key(0), source, target)
+    params = jax.jit(model.init)(jax.random.key(0), source, target)
     return params["params"], model.apply(params, source, method="encode"), model.apply(params, source, target)
 
 

@@ -20,7 +20,7 @@ def encoder(**fields):
 
 
 def run(model, images=IMAGES, **options):
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     return params, model.apply({"params": params}, images, **options)
 
 
@@ -34,7 +34,7 @@ def test_join_undoes_cut():
 
 def test_patches_are_a_convolution_without_overlap():
     patches = vit.Patches(4, 5, kernel_init=jax.nn.initializers.normal(1.0))
-    params = patches.init(jax.random.key(0), IMAGES)["params"]
+    params = jax.jit(patches.init)(jax.random.key(0), IMAGES)["params"]
     params = {**params, "bias": jnp.arange(5.0)}
     expected = jax.lax.conv_general_dilated(
         IMAGES, params["kernel"], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")

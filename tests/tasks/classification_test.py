@@ -199,7 +199,7 @@ def test_token_types_are_not_taken_for_the_mask():
         "label": jnp.zeros(4, jnp.int32),
         "mask": jnp.ones(4),
     }
-    params = task.init(jax.random.key(0), spec())
+    params = jax.jit(lambda: task.init(jax.random.key(0), spec()))()
     zeros = batch | {"token_type_ids": jnp.zeros((4, 9), jnp.int32)}
     np.testing.assert_array_equal(
         task.predict(params, batch, jax.random.key(0))["logits"],

@@ -45,7 +45,7 @@ def batch(rows=6, size=8):
 
 def params_of(task, rows):
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows.items()}
-    return task.init(jax.random.key(1), spec)
+    return jax.jit(lambda: task.init(jax.random.key(1), spec))()
 
 
 def seen(task, rows, rng):

@@ -61,6 +61,10 @@ def spec(images=IMAGES):
     return {"image": jax.ShapeDtypeStruct(images.shape, images.dtype)}
 
 
+def start(task):
+    return jax.jit(lambda: task.init(jax.random.key(0), spec()))()
+
+
 def by_hand(normalize, predictions, masked, counted):
     """Returns the mean over all hidden patches of the images that count, one by one."""
     errors = []
@@ -106,7 +110,7 @@ def test_right_predictions_paint_the_image_itself(normalize):
 
 def test_prediction_hides_what_the_noise_or_the_key_says():
     task = Reconstruction(MODEL)
-    params = task.init(jax.random.key(0), spec())
+    params = start(task)
     predict = jax.jit(task.predict)
     given = predict(params, batch(noise=NOISE), jax.random.key(0))
     for row, masked in zip(NOISE, given["masked"]):
@@ -123,7 +127,7 @@ def test_prediction_hides_what_the_noise_or_the_key_says():
 
 def test_evaluation_does_not_depend_on_the_batches():
     task = Reconstruction(MODEL)
-    params = task.init(jax.random.key(0), spec())
+    params = start(task)
     metrics = jax.jit(task.metrics)
     whole = metrics(params, batch())["loss"]
     turned = metrics(params, batch(IMAGES[::-1]))["loss"]
@@ -142,7 +146,7 @@ def test_training_hides_other_patches_at_every_step():
             return super().__call__(image, noise)
 
     spy = Reconstruction(Spy(ENCODER, 16, 1, 2, 32))
-    params = task.init(jax.random.key(0), spec())
+    params = start(task)
     losses = [float(spy.loss(params, batch(), jax.random.key(i))[0].compute()) for i in (0, 0, 1)]
     jax.effects_barrier()
     np.testing.assert_array_equal(seen[0], seen[1])
@@ -153,7 +157,7 @@ def test_training_hides_other_patches_at_every_step():
 
 def test_training_drops_and_evaluation_does_not():
     task = Reconstruction(MODEL.clone(encoder=ENCODER.clone(dropout=0.5)))
-    params = task.init(jax.random.key(0), spec())
+    params = start(task)
     plain = Reconstruction(MODEL)
     key = jax.random.key(0)
     assert task.loss(params, batch(), key)[0].total != plain.loss(params, batch(), key)[0].total
@@ -164,7 +168,7 @@ def test_the_loss_falls_on_drawn_shapes():
     source = shapes(48, size=12, channels=2)
     images = np.stack([source[i]["image"] for i in range(48)]).astype(np.float32) / 128 - 1
     task, adam = Reconstruction(MODEL), optax.adam(1e-2)
-    params = task.init(jax.random.key(0), spec())
+    params = start(task)
     state = adam.init(params)
 
     @jax.jit
