@@ -255,7 +255,7 @@ def test_a_coco_that_was_prepared_elsewhere_is_read_without_tensorflow(tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(coco, "tf", types.SimpleNamespace(int64=np.int64))
         patch.setattr(coco.Coco, "_split_generators", lambda self, _: {"train": generate(self, "train")})
-        builder = tensorflow_datasets.builder("coco/2017", data_dir=str(tmp_path))
+        builder = source._made(lambda: tensorflow_datasets.builder("coco/2017", data_dir=str(tmp_path)))
         builder.info.features["objects"].feature["label"].names = [f"class {i}" for i in range(80)]
         builder.download_and_prepare(file_format="array_record")
     found = source.tfds("coco/2017", "train", data_dir=str(tmp_path))

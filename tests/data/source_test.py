@@ -194,7 +194,7 @@ def test_the_process_that_prepares_last_uses_what_the_first_prepared(tiny, tmp_p
 
     def overtaken(self, count):
         monkeypatch.setattr(_Tiny, "_generate_examples", generate)
-        _Tiny(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
+        source._made(lambda: _Tiny(data_dir=str(tmp_path))).download_and_prepare(file_format="array_record")
         yield from generate(self, 1)
 
     monkeypatch.setattr(_Tiny, "_generate_examples", overtaken)
@@ -209,7 +209,7 @@ def test_our_own_datasets_are_prepared_in_silence(tmp_path, capfd):
 
 
 def test_another_format_is_named(tmp_path, monkeypatch):
-    builder = _Tiny(data_dir=str(tmp_path))
+    builder = source._made(lambda: _Tiny(data_dir=str(tmp_path)))
     builder.download_and_prepare(file_format="array_record")
     info = tmp_path / "tiny" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
