@@ -36,6 +36,17 @@ SLOW = {
         *("test_tiny_learns[grokking", "test_tiny_learns[libreoffice_translation.py-tiny"),
         *("test_tiny_learns[conll2003", "test_tiny_learns[dit_fashion_mnist", "test_tiny_learns[bert_pretraining"),
         "test_builds_and_its_step_has_shapes[bert_pretraining.py-jane_austen",
+        # Sizes of a recipe, of which the default suite builds the smallest or the default, and the largest.
+        *(
+            f"test_builds_and_its_step_has_shapes[dit_imagenet.py-{size}"
+            for size in ("s4", "s8", "b", "l", "xl4", "xl8")
+        ),
+        *(f"test_builds_and_its_step_has_shapes[gpt2.py-{size}" for size in ("medium", "large")),
+        *(f"test_builds_and_its_step_has_shapes[gpt3.py-{size}" for size in ("3", "7", "1.3", "2.7", "6.7", "13")),
+        *(f"test_builds_and_its_step_has_shapes[llama.py-{size}" for size in ("smollm2_3", "smollm2_1.7", "llama2")),
+        *(f"test_builds_and_its_step_has_shapes[t5.py-{size}" for size in ("base", "large", "3b", "v1_1_base")),
+        *(f"test_builds_and_its_step_has_shapes[t5.py-{size}" for size in ("v1_1_large", "v1_1_xl]", "v1_1_small")),
+        *(f"test_builds_and_its_step_has_shapes[mae_imagenet.py-{size}" for size in ("large", "huge-f", "huge-probe")),
     ],
     "resume": [
         "test_a_run_killed_again_and_again_ends_with_the_same_bits[evaluating",
