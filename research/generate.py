@@ -204,7 +204,7 @@ def _completions(experiment: Experiment, params: Params, requests: Sequence[Requ
         full = [part[i % len(part)] for i in range(size)]  # one shape, that divides over the devices
         batch = decoding.pad([request.ids for request in full], tokenizer.pad_id)
         batch["row"] = np.array([request.number for request in full], np.int32)
-        tokens_BxN = jax.device_get(generate(params, sharding.place(batch, experiment.mesh, {}), _key(experiment)))
+        tokens_BxN = jax.device_get(generate(params, sharding.place(batch, experiment.mesh), _key(experiment)))
         for request, tokens in zip(part, tokens_BxN):
             yield request, completion(_writer(experiment), tokens, settings.stop, request.before)
 

@@ -92,7 +92,7 @@ def _outputs(
     for place, (made_from, batch) in enumerate(data.rows(bare)):
         # The last batch is filled up like the others, so that it divides over the devices and compiles no new shape.
         full = {name: np.resize(value, (data.batch_size, *value.shape[1:])) for name, value in batch.items()}
-        placed, drawn = sharding.place(full, mesh, data.padding), jax.random.fold_in(key, place)
+        placed, drawn = sharding.place(full, mesh), jax.random.fold_in(key, place)
         outputs = jax.device_get(predict(params, placed, drawn))
         for i, number in enumerate(made_from):
             yield number, {name: value[i] for name, value in outputs.items()}

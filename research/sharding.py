@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -217,24 +216,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh, padding: Mapping[str, float]) -> dict[str, jax.Array]:
+def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Put this process's rows of a batch on its devices, as a part of the global batch.
 
     Args:
-      batch: numpy arrays [B / processes, ...].
+      batch: numpy arrays [B / processes, ...], in every process of the same shapes.
       mesh: over which the leading axis is split, by "data" and "fsdp".
-      padding: features whose second axis is a length that processes must agree on, and what fills them up.
     """
-    if jax.process_count() > 1 and padding:
-        own = np.array([batch[name].shape[1] for name in padding], np.int32)
-        longest = multihost_utils.process_allgather(own).max(axis=0).tolist()
-        fills = zip(padding.items(), longest)
-        batch = dict(batch) | {name: pad(np.asarray(batch[name]), length, fill) for (name, fill), length in fills}
     sharding = NamedSharding(mesh, P(("data", "fsdp")))
     return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
-
-
-def pad(rows: np.ndarray, length: int, fill: float) -> np.ndarray:
-    """Fill the second axis of [B, T, ...] up to `length`."""
-    widths = [(0, 0), (0, length - rows.shape[1])] + [(0, 0)] * (rows.ndim - 2)
-    return np.pad(rows, widths, constant_values=fill)

@@ -123,7 +123,7 @@ class _Loop:
         begin = time.monotonic()
         rows = next(self.batches)
         self.meter.add_seconds(wait=time.monotonic() - begin)
-        batch = sharding.place(rows, self.experiment.mesh, self.experiment.data.padding)
+        batch = sharding.place(rows, self.experiment.mesh)
         step = self.compile(batch)
         self.meter.add_operations(self.operations[_shapes(batch)])
         self.state, metrics = step(self.state, batch)

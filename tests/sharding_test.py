@@ -36,7 +36,7 @@ def train_steps(name, mesh, optimizer=None):
         assert leaf.sharding == wanted.sharding
     batches, losses = experiment.data.batches(), []
     for _ in range(STEPS):
-        state, metrics = step(state, sharding.place(next(batches), experiment.mesh, experiment.data.padding))
+        state, metrics = step(state, sharding.place(next(batches), experiment.mesh))
         losses.append(float(metrics["loss"].compute()))
     params = flax.traverse_util.flatten_dict(jax.device_get(state.params), sep="/")
     return params | {"losses": np.array(losses)}

@@ -1,31 +1,28 @@
-"""The input pipeline, on Grain: reads, shuffles and transforms examples, buckets or packs them by length, pads.
+"""The input pipeline: what the ops make of a source, in planned batches.
 
-The order of training examples is a function of (seed, position), whether or not a run is interrupted.
-Batches are cut from windows of consecutive shuffled examples. A window is sorted by length, and its batches are padded
-to the shortest sufficient bucket length: little padding, few compiled shapes. Alternatively, its documents are packed
-into rows of one length, which gives one shape.
+Ops that draw nothing are applied once, before training, so that the length of every row is known. Batches are planned
+from these lengths, and then read: each process reads its own rows, and applies the ops that draw. Batch i is thus a
+function of the seed and i, whatever the number of processes, and a run resumes anywhere.
 """
 
-import bisect
 import dataclasses
 import functools
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import grain.python as grain
 import jax
 import numpy as np
 
-from research import sharding
-from research.data import packing
+from research.data import batching, packing, prepared
+from research.data.reading import Batches
 from research.errors import UserError, nearest
 from research.task import Spec
 
 Example = dict[str, Any]
-SAMPLE = 4096  # maximum number of examples sampled to estimate lengths
+Call = Callable[[Example, np.random.Generator], Any]
+SAMPLE = 4096  # maximum number of rows from which lengths are estimated
 
 
 class Source(Protocol):
@@ -47,15 +44,18 @@ class Dataset:
       source: random access to examples.
       features: the features of a batch; a missing one is an error in training and evaluation.
       ops: callables from an example to an example, or to a list of any number of them, always one or always the other;
-        applied in turn. One with a parameter `rng` gets a numpy Generator that is a function of (seed, position).
+        applied in turn. Those before the first with a parameter `rng` are applied once; that one and those after it
+        whenever a row is read, with a numpy Generator that is a function of (seed, position). They make one row of
+        one, and no sequence longer or shorter. An op that does either has instead `prepare`, the part of it that draws
+        nothing; `draw`, of what that makes; `prepared`, the name of a sequence that it makes; and `extents`, which
+        says of its length and a generator how long both sides will be.
         One with `padding` makes sequences: {feature: fill value}. Its `max_length` is their maximum length; for
         those on the decoder's side its `decoder_max_length` comes first. The last op that makes a feature counts.
       batch_size: the global batch size.
       seed: for the order and the ops.
       length_buckets: the number of bucket lengths, chosen to minimise padding, or the lengths themselves.
-      window: the number of batches sorted by length, or packed, together. They are read before the first is used, and
-        their number of examples is estimated from a sample where it is not that of the rows. The rows of a window are
-        distributed evenly; missing rows, fewer than one batch in total, are padding rows with mask 0.
+      window: the number of batches sorted by length, or packed, together; of packed ones about as many. The rows of a
+        window are distributed evenly; missing rows, fewer than one batch in total, are padding rows with mask 0.
       decoder_length_buckets: the same as `length_buckets` for the decoder's side. The compiled shapes are at most the
         product of both numbers, 12; where long texts have long translations 7 of them occur.
       pack: the length of packed rows; longer sequences are split first; 0 disables packing. The
@@ -113,8 +113,8 @@ class Dataset:
 
     @functools.cached_property
     def size(self) -> int:
-        """The number of rows in an epoch; estimated from a sample where ops make lists or rows are packed."""
-        return round(len(self.source) * self._rows_per_example)
+        """The number of rows in an epoch; estimated from a sample where rows are packed."""
+        return round(len(self._rows) * self._packed_rows) if self.pack else len(self._rows)
 
     @functools.cached_property
     def spec(self) -> Spec:
@@ -122,46 +122,29 @@ class Dataset:
         rows = (row for i in range(min(len(self.source), SAMPLE)) for row in self.transform(self.source[i]))
         if (first := next((row for row in rows if not self.pack or any(self._extent(row))), None)) is None:
             raise UserError(f"config.data.ops: they drop all of the first {SAMPLE} examples")
-        longest = {name: lengths[-1] for side, lengths in zip(self._sides, self._lengths) for name in side}
+        longest = {name: length for side, length in zip(self._sides, self._limits) for name in side}
         batch = self._packed([first]) if self.pack else self._collate([first | {"mask": np.float32(1)}], longest)
         return {k: jax.ShapeDtypeStruct((self.batch_size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
 
     def transform(self, example: Example, rng: np.random.Generator | None = None) -> list[Example]:
         """Return the examples that the ops make of one example, each op applied to all outputs of the one before."""
-        rng = rng or np.random.default_rng(0)
-        examples = [example]
-        for call in self._calls:
-            made = (call(e, rng) for e in examples)
-            examples = [e for m in made for e in ([m] if isinstance(m, dict) else m)]
-        return examples
+        return prepared.apply([with_rng(op) for op in self.ops], example, rng or np.random.default_rng(0))
 
-    def batches(self) -> grain.DatasetIterator:
+    def batches(self) -> Batches:
         """Return this process's share of an endless stream of training batches, reshuffled every epoch.
 
-        The iterator's `get_state` and `set_state` resume it exactly.
+        The iterator's `get_state` and `set_state` resume it exactly, with any number of processes.
         """
         if len(self.source) == 0:
             raise UserError("config.data: the training data contain no examples")
-        # Effectively endless: the greatest length that Grain can still count in windows of one example.
-        indices = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
-        indices = indices.repeat(2**62 // len(self.source))
-        part = self._examples(indices)[jax.process_index() :: jax.process_count()]
-        return self._iterate(part, self.batch_size // jax.process_count(), train=True)
+        return Batches(self._plan(train=True).batches, self._read)
 
     def epoch(self) -> Iterator[dict[str, np.ndarray]]:
         """Return this process's share of the batches of one epoch, which hold every example exactly once.
 
         All processes get the same number of batches; padding rows have mask 0.
         """
-        process, local = jax.process_index(), self.batch_size // jax.process_count()
-        if self._one_to_one:
-            rows = math.ceil(len(self.source) / self.batch_size) * self.batch_size
-            part = self._examples(grain.MapDataset.source(range(rows)))[process :: jax.process_count()]
-            return self._iterate(part, local, train=False)
-        # The number of rows is known only once they are made: every process makes all and keeps its share.
-        own = slice(process * local, (process + 1) * local)
-        every = self._examples(grain.MapDataset.source(range(len(self.source))))
-        return self._iterate(every, self.batch_size, train=False, own=own)
+        return Batches(self._plan(train=False).batches, self._read)
 
     def rows(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Yield batches of given examples, in order and not packed together (one process only).
@@ -172,99 +155,107 @@ class Dataset:
         while part := list(itertools.islice(made, self.batch_size)):
             rows = [row | {"mask": np.float32(1)} for _, row in part]
             if self.pack:
-                batch = {name: value[:-1] for name, value in self._packed(rows, apart=True).items()}
+                batch = self._packed(rows, apart=True)
             else:
                 batch = self._collate(rows, self._bucket(rows), partial=True)
             yield [i for i, _ in part], batch
 
-    def _examples(self, indices: grain.MapDataset) -> grain.MapDataset:
-        """Read and transform the examples at `indices`; indices beyond the source give padding rows.
+    def _plan(self, train: bool) -> batching.Plan:
+        lengths = self._lengths if self.padding else ()
+        window = self.window * self.batch_size if self.padding else self.batch_size
+        if self.pack:
+            window = max(round(window / self._packed_rows), 1)
+        return batching.Plan(
+            count=len(self._rows),
+            extents=self._extents,
+            batch_size=self.batch_size,
+            window=window,
+            lengths=lengths,
+            packed=bool(self.pack),
+            seed=self.seed,
+            train=train,
+        )
 
-        Random draws depend on the position in `indices`, so processes slice the result, not `indices`; otherwise all
-        would draw the same numbers.
-        """
-        return indices.seed(self.seed).random_map(self._read)
+    def _read(self, batch: batching.Batch) -> dict[str, np.ndarray]:
+        """Return this process's rows of a batch."""
+        size = self.batch_size // jax.process_count()
+        begin = jax.process_index() * size
+        own = batch.part(begin, begin + size)
+        if own.pieces is not None:
+            return self._laid(own, size)
+        rows = [row | {"mask": np.float32(1)} for row in self._drawn(own)]
+        if len(rows) < size:
+            (first,) = self._drawn(batch.part(0, 1))  # the same in every process
+            rows += [self._filler(first)] * (size - len(rows))
+        lengths = {name: length for side, length in zip(self._sides, batch.lengths) for name in side}
+        return self._collate(rows, lengths)
 
-    def _iterate(
-        self, examples: grain.MapDataset, size: int, train: bool, own: slice = slice(None)
-    ) -> grain.DatasetIterator:
-        """Make batches of `size` rows, of which this process takes its `own`."""
-        _ = self._lengths  # computed once, before threads start
-        windows = examples.batch(self._window_examples(size), batch_fn=list)
-        cut = functools.partial(self._cut_packed if self.pack else self._cut_sorted, size=size, train=train, own=own)
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 if self.padding else 4)
-        batches = windows.map_with_index(cut).to_iter_dataset(options)
-        return iter(grain.experimental.FlatMapIterDataset(batches, _Each()))
+    def _laid(self, batch: batching.Batch, size: int) -> dict[str, np.ndarray]:
+        """Return the rows of a packed batch."""
+        assert batch.pieces is not None
+        if self._stages[1]:
+            values = packing.of_examples(self._drawn(batch), batch.pieces)
+        else:
+            values = functools.partial(self._gathered, batch)
+        laid = packing.lay(batch.pieces, self._sides, self._room, size, values)
+        return {name: _numbers(value, name) for name, value in laid.items()}
 
-    def _window_examples(self, size: int) -> int:
-        if self._one_to_one:
-            return (self.window if self.padding else 1) * size
-        return max(round(self.window * size / self._rows_per_example), 1)
+    def _gathered(self, batch: batching.Batch, name: str, lengths: np.ndarray) -> np.ndarray:
+        assert batch.pieces is not None
+        return self._rows.gather(name, batch.rows[batch.pieces.documents], batch.pieces.begins, lengths)
 
-    def _read(self, index: int, rng: np.random.Generator) -> list[Example]:
-        real = index < len(self.source)
-        rows = self.transform(self.source[index if real else 0], rng)
-        if self._one_to_one and len(rows) != 1:
-            raise UserError(f"config.data.ops: one example became {len(rows)}, but the first did not become a list")
-        return [row | {"mask": np.float32(1)} if real else self._filler(row) for row in rows]
+    def _drawn(self, batch: batching.Batch) -> list[Example]:
+        """Return the rows of a batch, with what is drawn for their positions."""
+        drawn = []
+        for row, position, planned in zip(batch.rows.tolist(), batch.positions.tolist(), batch.extents.T.tolist()):
+            example = self._rows[row]
+            for number, call in enumerate(self._stages[1]):
+                example = call(example, np.random.default_rng((self.seed, position, number)))
+                if not isinstance(example, dict):
+                    raise UserError(
+                        "config.data.ops: one that draws, or comes after one that does, makes a list; split it into "
+                        "`prepare`, which draws nothing, and `draw`"
+                    )
+            if self._stages[1] and list(found := self._extent(example)) != planned:
+                raise UserError(
+                    f"config.data.ops: a row has {found} tokens, and {tuple(planned)} were planned; an op that draws "
+                    "lengths says them by `extents`"
+                )
+            drawn.append(example)
+        return drawn
+
+    def _extents(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return the lengths [S, N] that rows [N] have at positions [N]."""
+        if (op := self._splitter) is None:
+            return np.stack([side[rows] for side in self._measured]) if self._sides else np.zeros((0, len(rows)), int)
+        lengths = self._measured[0][rows].tolist()
+        generators = (np.random.default_rng((self.seed, position, 0)) for position in positions.tolist())
+        both = np.array([op.extents(length, rng) for length, rng in zip(lengths, generators)], np.int64)
+        return both.reshape(-1, 2).T[: len(self._sides)]
 
     def _filler(self, row: Example) -> Example:
         """Return a row of the same length that holds only padding."""
         empty = {name: np.full_like(np.asarray(row[name]), fill) for name, fill in self.padding.items() if name in row}
         return row | empty | {"mask": np.float32(0)}
 
-    def _cut_sorted(
-        self, index: int, window: list[list[Example]], size: int, train: bool, own: slice
-    ) -> list[dict[str, np.ndarray]]:
-        """Sort a window by length and cut it into batches; in training the batches are shuffled."""
-        rows = [row for made in window for row in made]
-        if self.padding:
-            rows.sort(key=self._rank)
-        parts = [[rows[i] for i in part] for part in _parts(len(rows), size)]
-        if train:
-            parts = [parts[i] for i in np.random.default_rng((self.seed, index)).permutation(len(parts))]
-        filled = [part + [self._filler(part[0])] * (size - len(part)) for part in parts]
-        return [self._collate(rows[own], self._bucket(rows)) for rows in filled]
-
-    def _cut_packed(
-        self, index: int, window: list[list[Example]], size: int, train: bool, own: slice
-    ) -> list[dict[str, np.ndarray]]:
-        """Pack a window into rows and cut those into batches; in training the rows are shuffled first."""
-        documents = [row for made in window for row in made]
-        if not documents:
-            return []
-        packed = self._packed(documents)
-        empty = len(packed["mask"]) - 1
-        order = np.random.default_rng((self.seed, index)).permutation(empty) if train else np.arange(empty)
-        filled = [np.pad(order[p], (0, size - len(p)), constant_values=empty)[own] for p in _parts(empty, size)]
-        return [{name: rows[chosen] for name, rows in packed.items()} for chosen in filled]
-
     def _packed(self, examples: Sequence[Example], apart: bool = False) -> dict[str, np.ndarray]:
+        """Return rows of examples, packed together or `apart`; those to predict for may lack features."""
         sides = self._sides
-        if apart:  # examples to predict may lack features
+        if apart:
             given = [{n: f for n, f in side.items() if n in packing.MADE or n in examples[0]} for side in sides]
             sides = tuple(side for side in given if side.keys() - packing.MADE)
         packed = packing.pack(examples, sides, self._room, apart)
-        return {name: _numbers(value, name) for name, value in packed.items()}
+        return {name: _numbers(value[:-1], name) for name, value in packed.items()}
 
     def _extent(self, example: Example) -> tuple[int, ...]:
         """Return the length of each side."""
         return tuple(max((len(example[name]) for name in side if name in example), default=0) for side in self._sides)
 
-    def _rank(self, example: Example) -> tuple[int, ...]:
-        """Return the sort key of a row: its length; with two sides the bucket of the first, then the other's length."""
-        *first, last = self._extent(example)
-        return (*(bisect.bisect_left(lengths, length) for lengths, length in zip(self._lengths, first)), last)
-
     def _bucket(self, examples: Sequence[Example]) -> dict[str, int]:
         """Return {sequence: the shortest bucket length of its side that fits all examples}."""
-        extents = [self._extent(example) for example in examples]
-        bucket: dict[str, int] = {}
-        for side, lengths, found in zip(self._sides, self._lengths, zip(*extents)):
-            if max(found) > lengths[-1]:
-                raise UserError(f"config.data.ops: {max(found)} tokens, though the op's max_length is {lengths[-1]}")
-            bucket |= dict.fromkeys(side, next(length for length in lengths if length >= max(found)))
-        return bucket
+        found = zip(*(self._extent(example) for example in examples))
+        sides = zip(self._sides, self._lengths if self.padding else (), found)
+        return {name: batching.bucket(max(side_found), lengths) for side, lengths, side_found in sides for name in side}
 
     def _collate(
         self, examples: Sequence[Example], lengths: dict[str, int], partial: bool = False
@@ -278,24 +269,48 @@ class Dataset:
 
     def _feature(self, value: Any, lengths: dict[str, int], name: str) -> np.ndarray:
         array = _numbers(value, name)
-        return sharding.pad(array[None], lengths[name], self.padding[name])[0] if name in lengths else array
+        if name not in lengths:
+            return array
+        widths = [(0, lengths[name] - len(array))] + [(0, 0)] * (array.ndim - 1)
+        return np.pad(array, widths, constant_values=self.padding[name])
 
     @functools.cached_property
-    def _calls(self) -> tuple[Callable[[Example, np.random.Generator], Any], ...]:
-        """The ops, each as a function of an example and a generator; signatures are inspected only once."""
-        return tuple(with_rng(op) for op in self.ops)
+    def _stages(self) -> tuple[list[Call], list[Call]]:
+        """The ops that draw nothing, and those from the first one on that draws."""
+        first = next((i for i, op in enumerate(self.ops) if _draws(op)), len(self.ops))
+        fixed, drawing = list(self.ops[:first]), list(self.ops[first:])
+        if self._splitter is not None:
+            fixed, drawing = [*fixed, self._splitter.prepare], [self._splitter.draw, *drawing[1:]]
+        return [with_rng(op) for op in fixed], [with_rng(op) for op in drawing]
 
     @functools.cached_property
-    def _one_to_one(self) -> bool:
-        """Whether every example becomes one row: no packing, and no op makes a list of the first example."""
-        if self.pack or not len(self.source):
-            return not self.pack
-        example, rng = self.source[0], np.random.default_rng(0)
-        for call in self._calls:
-            example = call(example, rng)
-            if not isinstance(example, dict):
-                return False
-        return True
+    def _splitter(self) -> Any:
+        """The first op that draws if it makes lists or lengths, else None."""
+        first = next((op for op in self.ops if _draws(op)), None)
+        return first if hasattr(first, "extents") else None
+
+    @functools.cached_property
+    def _rows(self) -> prepared.Rows:
+        """What the ops that draw nothing make of the source."""
+        keep = None if self._stages[1] else [n for n in self.features if not (self.pack and n in packing.MADE)]
+        rows = prepared.rows(self.source, self._stages[0], keep, lengths=bool(self.padding))
+        if len(self.source) and not len(rows):
+            raise UserError(f"config.data.ops: they drop all of {len(self.source)} examples")
+        return rows
+
+    @functools.cached_property
+    def _measured(self) -> np.ndarray:
+        """The lengths [S, N] of what is prepared of all rows."""
+        names = [[self._splitter.prepared]] if self._splitter is not None else [list(side) for side in self._sides]
+        return np.stack([self._rows.lengths(side) for side in names])
+
+    @functools.cached_property
+    def _packed_rows(self) -> float:
+        """How many packed rows a row that is prepared takes."""
+        count = min(len(self._rows), SAMPLE)
+        chosen = np.random.default_rng(self.seed).permutation(len(self._rows))[:count]
+        pieces = packing.assign(self._extents(chosen, np.arange(count)), self._room)
+        return max(pieces.count, 1) / max(count, 1)
 
     @functools.cached_property
     def _sides(self) -> tuple[dict[str, float], ...]:
@@ -329,49 +344,35 @@ class Dataset:
         keys = ("length_buckets", "decoder_length_buckets")
         return tuple(self._side_lengths(i, key) for i, key in enumerate(keys[: len(self._sides)]))
 
+    @property
+    def _limits(self) -> tuple[int, ...]:
+        """The length of the longest sequence on each side."""
+        return self._room if self.pack else tuple(self._limit(side) for side in self._sides)
+
+    def _limit(self, side: dict[str, float]) -> int:
+        if (longest := self._longest(side)) is None:
+            raise UserError(f"config.data.ops: what makes {', '.join(side)} needs a max_length (or `pack`)")
+        return longest
+
     def _side_lengths(self, side: int, key: str) -> tuple[int, ...]:
-        wanted, longest = getattr(self, key), self._longest(self._sides[side])
-        if longest is None:
-            raise UserError(
-                f"config.data.ops: what makes {', '.join(self._sides[side])} needs a max_length (or `pack`)"
-            )
+        wanted, longest = getattr(self, key), self._limit(self._sides[side])
         if isinstance(wanted, tuple):
             if longest > max(wanted):
                 raise UserError(f"{key}: {wanted} is shorter than the max_length {longest} of config.data.ops")
             return tuple(sorted(wanted))
-        return best_lengths([extent[side] for made in self._sample for extent in made], wanted, longest)
+        count = len(self._rows) if self._splitter is None else min(len(self._rows), SAMPLE)
+        return batching.best_lengths(self._extents(np.arange(count), np.arange(count))[side], wanted, longest)
 
-    @functools.cached_property
-    def _sample(self) -> list[list[tuple[int, ...]]]:
-        """The lengths of the rows of up to SAMPLE examples."""
-        order = grain.MapDataset.source(range(len(self.source))).seed(self.seed).shuffle()
-        chosen = (self.source[order[i]] for i in range(min(len(self.source), SAMPLE)))
-        return [[self._extent(row) for row in self.transform(example)] for example in chosen]
 
-    @functools.cached_property
-    def _rows_per_example(self) -> float:
-        if self._one_to_one or not len(self.source):
-            return 1.0
-        extents = [extent for made in self._sample for extent in made]
-        rows = len(extents)
-        if self.pack:
-            lengths = packing.cut(np.array(extents, np.int64).reshape(-1, len(self._sides)).T, self._room)
-            rows = int(packing.first_fit(lengths, self._room).max(initial=-1)) + 1
-        if not rows:
-            raise UserError(f"config.data.ops: they drop all of {len(self._sample)} sampled examples")
-        return rows / len(self._sample)
+def _draws(op: Callable[..., Any]) -> bool:
+    return "rng" in inspect.signature(op).parameters
 
 
 def with_rng(op: Callable[..., Any]) -> Callable[[Example, np.random.Generator], Any]:
     """Return a function that calls an op with a generator if it takes one."""
-    if "rng" in inspect.signature(op).parameters:
+    if _draws(op):
         return lambda example, rng: op(example, rng=rng)
     return lambda example, rng: op(example)
-
-
-def _parts(count: int, size: int) -> list[np.ndarray]:
-    """Split 0..count - 1, in order, into the fewest parts of at most `size`, as evenly as possible."""
-    return np.array_split(np.arange(count), math.ceil(count / size)) if count else []
 
 
 def _stack(arrays: Sequence[np.ndarray], name: str) -> np.ndarray:
@@ -389,30 +390,3 @@ def _numbers(value: Any, name: str) -> np.ndarray:
         raise UserError(f"config.data.features: '{name}' is {type(value).__name__}, not numbers")
     kind = np.float32 if array.dtype.kind == "f" else np.int32 if array.dtype.kind in "iu" else bool
     return array.astype(kind, copy=False)
-
-
-def best_lengths(measured: Sequence[int], count: int, longest: int) -> tuple[int, ...]:
-    """Return at most `count` bucket lengths, the last `longest`, that minimise padding (dynamic programming)."""
-    frequency = np.bincount(measured, minlength=longest + 1)[: longest + 1]
-    examples = np.concatenate([[0], np.cumsum(frequency)])  # examples[l]: number shorter than l
-    # cost[j]: tokens, padding included, of the examples of length <= j with the buckets so far, the last at j.
-    cost = np.arange(longest + 1) * examples[1:].astype(np.float64)
-    choices = []
-    for _ in range(count - 1):
-        added = np.arange(longest + 1)[None] * (examples[1:][None] - examples[1:][:, None])  # bucket (i, j]
-        total = np.where(np.tri(longest + 1, dtype=bool).T, cost[:, None] + added, np.inf)
-        choices.append(total.argmin(axis=0))
-        cost = total.min(axis=0)
-    lengths = [longest]
-    for choice in reversed(choices):
-        lengths.append(int(choice[lengths[-1]]))
-    return tuple(sorted({length for length in lengths if length > 0}))
-
-
-class _Each(grain.experimental.FlatMapTransform):
-    """Flatten lists of batches."""
-
-    max_fan_out = 1_000_000
-
-    def flat_map(self, element: Sequence[Any]) -> Sequence[Any]:
-        return element

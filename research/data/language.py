@@ -13,6 +13,7 @@ from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 
 Example = dict[str, Any]
+PIECE = "piece"  # tokens of a document, of which an op that draws makes both sides
 
 
 class Texts:
@@ -207,10 +208,13 @@ class SpanCorruption:
     document's pieces, but for a last one of a single token.
 
     Attributes:
+      prepared: the sequence that is made of a document before anything is drawn.
       max_length: the length of inputs; a document is cut into pieces of the length that fills it.
       decoder_max_length: the length of targets that follows.
       padding: what fills each feature up.
     """
+
+    prepared = PIECE
 
     def __init__(
         self,
@@ -250,9 +254,22 @@ class SpanCorruption:
 
     def __call__(self, example: Example, rng: np.random.Generator) -> list[Example]:
         """Return the pieces of one document, corrupted."""
+        return [self.draw(piece, rng) for piece in self.prepare(example)]
+
+    def prepare(self, example: Example) -> list[Example]:
+        """Return the pieces of one document, whose tokens are its `piece`."""
         ids = np.array(self._backend.encode(text_of(example, self.field), add_special_tokens=False).ids, np.int32)
-        pieces = [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
-        return [example | self._corrupt(piece, rng) for piece in pieces if len(piece) > 1]
+        return _pieces(example, ids, self.length)
+
+    def draw(self, example: Example, rng: np.random.Generator) -> Example:
+        """Return a piece, corrupted."""
+        return _without_piece(example) | self._corrupt(example[PIECE], rng)
+
+    def extents(self, length: int, rng: np.random.Generator) -> tuple[int, int]:
+        """Return how long the input and the target of a piece of `length` tokens are."""
+        del rng
+        noise, spans = _noise_counts(length, *self._noise)
+        return length - noise + spans + 1, noise + spans + 1
 
     def _corrupt(self, ids: np.ndarray, rng: np.random.Generator) -> Example:
         noise, spans = _noise_counts(len(ids), *self._noise)
@@ -277,10 +294,13 @@ class PrefixLM:
     document's pieces, but for a last one of a single token.
 
     Attributes:
+      prepared: the sequence that is made of a document before anything is drawn.
       max_length: the most tokens of either side; pieces have as many.
       decoder_max_length: the same.
       padding: what fills each feature up.
     """
+
+    prepared = PIECE
 
     def __init__(
         self, tokenizer: Tokenizer, field: str = "text", max_length: int = 512, decoder_start_id: int | None = None
@@ -296,14 +316,24 @@ class PrefixLM:
 
     def __call__(self, example: Example, rng: np.random.Generator) -> list[Example]:
         """Return the pieces of one document, each split in two."""
-        ids = self._backend.encode(text_of(example, self.field), add_special_tokens=False).ids
-        made = []
-        for start in range(0, len(ids) - 1, self.max_length):
-            piece = ids[start : start + self.max_length]
-            split = int(rng.integers(1, len(piece)))
-            sides = [np.array([*side, self._eos], np.int32) for side in (piece[:split], piece[split:])]
-            made.append(example | self._sides.encoder(sides[0]) | self._sides.decoder(sides[1]))
-        return made
+        return [self.draw(piece, rng) for piece in self.prepare(example)]
+
+    def prepare(self, example: Example) -> list[Example]:
+        """Return the pieces of one document, whose tokens are its `piece`."""
+        ids = np.array(self._backend.encode(text_of(example, self.field), add_special_tokens=False).ids, np.int32)
+        return _pieces(example, ids, self.max_length)
+
+    def draw(self, example: Example, rng: np.random.Generator) -> Example:
+        """Return a piece, split in two."""
+        piece = example[PIECE]
+        split = int(rng.integers(1, len(piece)))
+        sides = [np.array([*side, self._eos], np.int32) for side in (piece[:split], piece[split:])]
+        return _without_piece(example) | self._sides.encoder(sides[0]) | self._sides.decoder(sides[1])
+
+    def extents(self, length: int, rng: np.random.Generator) -> tuple[int, int]:
+        """Return how long both sides of a piece of `length` tokens are, drawn as `draw` does."""
+        split = int(rng.integers(1, length))
+        return split + 1, length - split + 1
 
 
 class Seq2Seq:
@@ -427,6 +457,16 @@ def _noise_counts(length: int, noise_density: float, mean_span_length: float) ->
     """Return how many of `length` > 1 tokens are taken out, and in how many spans."""
     noise = min(max(round(length * noise_density), 1), max(length - 1, 1))
     return noise, min(max(round(noise / mean_span_length), 1), noise, max(length - noise, 1))
+
+
+def _pieces(example: Example, ids: np.ndarray, length: int) -> list[Example]:
+    """Return the pieces of a document, but for a last one of a single token."""
+    pieces = (ids[start : start + length] for start in range(0, len(ids), length))
+    return [example | {PIECE: piece} for piece in pieces if len(piece) > 1]
+
+
+def _without_piece(example: Example) -> Example:
+    return {name: value for name, value in example.items() if name != PIECE}
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:

@@ -33,7 +33,7 @@ def run(
     jitted = _jit(function, mesh)
     for batch in dataset.epoch():
         check()
-        yield jax.tree.map(np.asarray, jitted(params, sharding.place(batch, mesh, dataset.padding)))
+        yield jax.tree.map(np.asarray, jitted(params, sharding.place(batch, mesh)))
 
 
 @functools.lru_cache

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from research import sharding
-from research.data import text, tokenizer
-from research.data.dataset import Dataset, best_lengths
+from research.data import language, text, tokenizer, tokenizer_training
+from research.data.batching import best_lengths
+from research.data.dataset import Dataset
 from research.errors import UserError
 
 WORDS = "the film was long and slow but warm in its own odd way so we stayed until the end of it".split()
@@ -331,7 +331,7 @@ def test_a_window_of_packed_rows_is_about_as_many_batches():
     state = dataset.batches()
     for _ in range(40):
         next(state)
-        sizes.append(state.get_state()["next_index_in_buffer"])
+        sizes.append(state.get_state()["batch"])
     assert all(8 <= n <= 12 for n, following in itertools.pairwise(sizes) if following == 1)
 
 
@@ -354,7 +354,7 @@ def test_ops_apply_to_all_that_the_one_before_made():
     dataset = Dataset([{"x": i} for i in range(10)], ("x",), (twice, odd), batch_size=4)
     assert sorted(x for b in dataset.epoch() for x in b["x"][b["mask"] > 0].tolist()) == list(range(1, 20, 2))
     assert dataset.size == 10
-    with pytest.raises(UserError, match="drop all of 10 sampled examples"):
+    with pytest.raises(UserError, match="drop all of 10 examples"):
         Dataset(dataset.source, ("x",), (twice, odd, lambda example: [])).batches()
 
 
@@ -424,23 +424,69 @@ def test_the_decoders_side_has_lengths_of_its_own():
     assert sum(b["target_mask"].sum() for b in batches) / places > 0.6  # 0.42 without buckets
 
 
-def test_processes_agree_on_the_lengths_of_both_sides(monkeypatch):
-    """The other process's source is longer, its target shorter."""
-    other = {"input_ids": 7, "decoder_input_ids": 2, "targets": 2, "target_mask": 2}
-    dataset = Dataset(make_pairs(), SIDES, (translate,), batch_size=1, length_buckets=(4, 30))
-    (_, batch), *_ = dataset.rows([{"source": 4, "target": 5, "id": 0}])
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    gathered = lambda own: np.stack([own, [other[name] for name in dataset.padding]])  # noqa: E731
-    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", gathered)
-    placed = sharding.place(batch, sharding.make_mesh(), dataset.padding)
-    decoder = batch["targets"].shape[1]
-    assert {name: x.shape[1:] for name, x in placed.items()} == {
-        **dict.fromkeys(SIDES, (decoder,)),
-        "input_ids": (7,),
-        "mask": (),
-    }
-    assert placed["input_ids"].tolist() == [[1] * 4 + [0] * 3]
-    assert placed["target_mask"].dtype == np.float32
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("iterate", [Dataset.batches, Dataset.epoch])
+@pytest.mark.parametrize("kind", ["sorted", "two sides", "windows", "packed", "packed pairs", "masked", "spans"])
+def test_batches_are_the_same_whatever_the_number_of_processes(kind, iterate, processes, monkeypatch):
+    def drawn():
+        return list(itertools.islice(iterate(make(kind)), 30))
+
+    alone, parts = drawn(), []
+    for process in range(processes):
+        of_process(monkeypatch, process, processes)
+        parts.append(drawn())
+    assert len(alone) > 5
+    assert {len(part) for part in parts} == {len(alone)}
+    for whole, *shares in zip(alone, *parts):
+        for name in whole:  # of one shape too, without a word between the processes
+            np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), whole[name])
+
+
+def make(kind):
+    """Returns a dataset of batches of 4, of which the last ones of an epoch are not full."""
+    if kind == "sorted":
+        return make_dataset(batch_size=4)
+    if kind == "windows":
+        return make_windows()
+    if kind == "packed":
+        return make_packed()
+    packed = {"pack": 64, "pack_decoder": 96} if kind == "packed pairs" else {}
+    if kind in ("two sides", "packed pairs"):
+        return Dataset(
+            make_pairs(90), SIDES + (MASKS if packed else ()), (translate,), batch_size=4, window=3, **packed
+        )
+    own = tokenizer_training.train(make_source(), "wordpiece", 200)
+    if kind == "masked":
+        ops = (language.Pieces(own, max_length=16), language.MaskTokens(own))
+        return Dataset(make_source(), ("input_ids", "targets", "attention_mask"), ops, batch_size=4, window=3)
+    own = tokenizer.byte_level(sentinels=20)
+    spans = language.SpanCorruption(own, max_length=20)
+    return Dataset(make_source(40), SIDES, (spans,), batch_size=4, window=3)
+
+
+def test_every_piece_whose_spans_are_drawn_is_read_once_an_epoch_and_drawn_anew():
+    dataset = make("spans")
+    rows = dataset.size
+    batches = list(dataset.epoch())
+    assert sum(batch["mask"].sum() for batch in batches) == rows > 40
+    stream = itertools.islice(dataset.batches(), 2 * len(batches))
+    inputs = {tuple(row[row > 0]) for batch in stream for row in batch["input_ids"][batch["mask"] > 0]}
+    assert len(inputs) > 1.5 * rows
+
+
+def test_an_op_that_draws_lengths_must_say_so():
+    def halves(example, rng):
+        return [example, example]
+
+    def longer(example, rng):
+        return example | {"input_ids": np.repeat(example["input_ids"], 2)}
+
+    with pytest.raises(UserError, match="makes a list; split it into `prepare`"):
+        next(Dataset(make_documents(), ("id",), (halves,), batch_size=2).batches())
+    for packed in ({}, {"pack": 16}):
+        ops = (language_model, longer) if packed else (windows, longer)
+        with pytest.raises(UserError, match="config.data.ops: .* tokens .* planned"):
+            list(Dataset(make_documents(), ("input_ids",), ops, batch_size=2, **packed).epoch())
 
 
 def test_a_decoders_side_alone_fits_its_buckets():

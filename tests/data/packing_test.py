@@ -92,7 +92,7 @@ def test_rows_are_nearly_full_on_documents_as_long_as_the_web_has_them():
     documents = (
         np.random.default_rng(0).lognormal(6, 1, 4000).astype(int) + 1
     )  # median 400 tokens, one in 20 over 2,000
-    pieces = packing.cut(documents[None], (1024,))
+    pieces = packing.cut(documents[None], (1024,))[2]
     rows = packing.first_fit(pieces, (1024,))
     assert documents.sum() / (1024 * (rows.max() + 1)) > 0.97
 
