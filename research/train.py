@@ -194,8 +194,8 @@ class _Loop:
     def save(self, replace: bool = False) -> None:
         self.read_metrics()  # a state whose loss is not finite is never saved
         self.lap("train")
-        extras = {"data": self.batches.get_state(), "meter": self.meter.state(), "evaluation": self.evaluation}
-        extras |= {"lines": self.writer.lines}
+        extras: dict[str, Any] = {"data": self.batches.get_state(), "meter": self.meter.state()}
+        extras |= {"evaluation": self.evaluation, "lines": self.writer.lines}
         best = self.evaluation["best"]
         with self.progress.phase("saving", quiet=True):
             self.checkpoints.save(self.step, self.state, extras, best and best["step"], replace)

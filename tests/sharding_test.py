@@ -19,7 +19,7 @@ from research.step import TrainState
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = ("vit_imagenet:deit-tiny", "mae_fashion_mnist:tiny", "detr_garments:tiny", "dit_fashion_mnist:tiny")
 MESH = {"fsdp": 2, "model": 2}
-STEPS = 2
+STEPS, RATE = 2, 1e-3
 # Optimizers whose state has other shapes than the parameters, and a state that is split where parameters are not.
 SETTINGS = {
     "adafactor": ({"direction": {"call": "research.directions.adafactor", "min_dim_size_to_factor": 8}}, MESH),
@@ -46,7 +46,7 @@ def made(name, mesh, optimizer=None):
     file, variant = name.split(":")
     config = overrides.load(f"{CONFIGS / file}.py:{variant}")
     config.mesh = mesh
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = RATE
     with config.unlocked():
         config.optimizer.update(optimizer or {})
     experiment = Experiment(config)
@@ -69,7 +69,9 @@ def test_four_devices_compute_what_one_does(name, tmp_path):
     np.testing.assert_allclose(found.pop("losses"), expected.pop("losses"), rtol=1e-5)
     assert set(found) == set(expected)
     for path, values in expected.items():
-        np.testing.assert_allclose(found[path], values, rtol=0, atol=1e-4, err_msg=path)
+        # A key's bias changes no attention weight: its gradient is rounding, which Adam makes steps of.
+        tolerance = 2 * STEPS * RATE if path.endswith("key/bias") else 1e-4
+        np.testing.assert_allclose(found[path], values, rtol=0, atol=tolerance, err_msg=path)
 
 
 @pytest.mark.slow

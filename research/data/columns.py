@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from research.errors import UserError
+from research.errors import UserError, nearest
 
 Example = dict[str, Any]
 
@@ -62,7 +62,9 @@ class Columns:
 
     def gather(self, name: str, rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return values of a sequence as `Column.gather` does; raise UserError if the rows hold none of that name."""
-        if not isinstance(column := self.columns.get(name), Column) or column.offsets is None:
+        if name not in self.columns:
+            raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, self.columns)}")
+        if not isinstance(column := self.columns[name], Column) or column.offsets is None:
             raise UserError(f"config.data.features: '{name}' is not a sequence of numbers in every example")
         return column.gather(rows, begins, lengths)
 

@@ -161,6 +161,8 @@ class Dataset:
             yield [i for i, _ in part], batch
 
     def _plan(self, train: bool) -> batching.Plan:
+        _ = self._limits  # raises where a side has none
+        self._check_features()
         lengths = self._lengths if self.padding else ()
         window = self.window * self.batch_size if self.padding else self.batch_size
         if self.pack:
@@ -175,6 +177,13 @@ class Dataset:
             seed=self.seed,
             train=train,
         )
+
+    def _check_features(self) -> None:
+        """Raise UserError if the first row lacks a feature."""
+        row = next(iter(self.transform(self.source[0])), {}) if len(self.source) else {}
+        for name in self.features if row else ():
+            if name not in row and not (self.pack and name in packing.MADE):
+                raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, row)}")
 
     def _read(self, batch: batching.Batch) -> dict[str, np.ndarray]:
         """Return this process's rows of a batch."""

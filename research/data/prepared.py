@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from research.data import columns
-from research.errors import UserError, nearest
+from research.errors import UserError
 
 Example = dict[str, Any]
 Call = Callable[[Example, np.random.Generator], Any]
@@ -19,9 +19,13 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
-    def lengths(self, names: Sequence[str]) -> np.ndarray: ...
+    def lengths(self, names: Sequence[str]) -> np.ndarray:
+        """Return the length [N] of the longest of the named sequences in each row."""
+        ...
 
-    def gather(self, name: str, rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray: ...
+    def gather(self, name: str, rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return `lengths` [P] values of the sequences of `rows` [P], from `begins` [P] on, one after another."""
+        ...
 
 
 def rows(source: Any, calls: Sequence[Call], keep: Sequence[str] | None, lengths: bool) -> Rows:
@@ -37,7 +41,7 @@ def rows(source: Any, calls: Sequence[Call], keep: Sequence[str] | None, lengths
     if not lengths and _one_to_one(source, calls):
         return Unprepared(source, calls)
     made = (row for i in range(len(source)) for row in apply(calls, source[i]))
-    return columns.of_rows([row if keep is None else _kept(row, keep) for row in made])
+    return columns.of_rows([row if keep is None else {name: row[name] for name in keep if name in row} for row in made])
 
 
 class Unprepared:
@@ -75,13 +79,6 @@ def apply(calls: Iterable[Call], example: Example, rng: np.random.Generator | No
         made = (call(e, rng) for e in examples)
         examples = [e for m in made for e in ([m] if isinstance(m, dict) else m)]
     return examples
-
-
-def _kept(row: Example, keep: Sequence[str]) -> Example:
-    for name in keep:
-        if name not in row:
-            raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, row)}")
-    return {name: row[name] for name in keep}
 
 
 def _one_to_one(source: Any, calls: Sequence[Call]) -> bool:

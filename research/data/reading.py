@@ -26,7 +26,9 @@ class Batches(Iterator[Arrays]):
         """
         self._plan, self._read = plan, read
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
-        self._start(0, 0)
+        self._state = (0, 0)
+        self._ahead: collections.deque[tuple[tuple[int, int], concurrent.futures.Future]] = collections.deque()
+        self._planned = self._from(0, 0)
 
     def __next__(self) -> Arrays:
         """Return the next batch."""
@@ -57,7 +59,9 @@ class Batches(Iterator[Arrays]):
                 "--workdir: it holds a run of an earlier version, whose order of data is another; evaluate or export "
                 "it, or start from it with config.init, in another folder"
             )
-        self._start(state["window"], state["batch"])
+        self._state = (state["window"], state["batch"])
+        self._ahead.clear()
+        self._planned = self._from(*self._state)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -68,11 +72,6 @@ class Batches(Iterator[Arrays]):
     def __del__(self) -> None:
         """Stop reading ahead."""
         self.close()
-
-    def _start(self, window: int, batch: int) -> None:
-        self._state = (window, batch)
-        self._ahead: collections.deque[tuple[tuple[int, int], concurrent.futures.Future]] = collections.deque()
-        self._planned = self._from(window, batch)
 
     def _from(self, window: int, batch: int) -> Iterator[tuple[int, int, Batch]]:
         """Yield the batches of the plan from one on, each with its window and its number there."""

@@ -480,7 +480,7 @@ def test_a_broken_image_ends_training_by_name():
     records[2]["image"] = records[2]["image"][:100]
     dataset = Dataset(examples(records), ("image",), (image.Decode(), image.Normalize()), batch_size=2)
     with pytest.raises(UserError, match=r"'2.png' cannot be decoded"):
-        first(dataset.batches(), 4)
+        list(itertools.islice(dataset.batches(), 4))
 
 
 def test_images_of_several_sizes_make_no_batch():
