@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from research import evaluate, flops, sharding
 from research.checkpoint import Checkpoints
+from research.data.mixture import Joined
 from research.errors import UserError
 from research.experiment import Experiment
 from research.metrics import Mean
@@ -142,6 +143,7 @@ class _Loop:
             self.lap("train")
             self.checkpoints.check()
             if scalars := self.meter.flush():
+                scalars |= self.source_epochs()
                 if "peak_bytes_in_use" in (jax.local_devices()[0].memory_stats() or {}):
                     scalars["train/peak_memory_bytes"] = float(peak_memory_bytes())
                 self.writer.write(self.step, scalars)
@@ -155,6 +157,18 @@ class _Loop:
             evaluated = self.evaluate()
         if due or (self.step and self.finished()):
             self.save(replace=evaluated)  # the one from before this evaluation does not know its result
+
+    def source_epochs(self) -> dict[str, float]:
+        """Return how many examples of a mixture the steps so far took, and how many epochs of each of its sources.
+
+        Where rows are packed, these are what the number of rows in an epoch, an estimate, says.
+        """
+        data, rows = self.experiment.data, self.step * self.experiment.config.batch_size
+        if not isinstance(data.source, Joined):
+            return {}
+        examples = round(rows / data.size * len(data.source))
+        epochs = {f"train/epochs/{name}": value for name, value in data.source.epochs(examples).items()}
+        return {"train/source_examples": float(examples), **epochs}
 
     def finished(self) -> bool:
         patience = self.checkpoints.patience

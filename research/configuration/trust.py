@@ -33,7 +33,7 @@ PACKAGES = (
     "research.configuration.transfer",
 )
 MADE = (
-    *("Source", "Renumbered", "Latents", "Dataset", "Tokenizer"),
+    *("Source", "Joined", "Renumbered", "Latents", "Dataset", "Tokenizer"),
     *("nn.Module", "tuple[Any, Report]", "Optimizer"),
     *("optax.GradientTransformation", "optax.GradientTransformationExtraArgs", "optax.Schedule"),
 )

@@ -25,6 +25,7 @@ from research.data import datasets
 from research.data.datasets import coco_folder as coco_folders
 from research.data.datasets import image_folder as image_folders
 from research.data.datasets import table as tables
+from research.data.mixture import Joined, Weights, make_mixture
 from research.errors import UserError, nearest
 
 FROM_FILES = ("table", "image_folder", "coco_folder")
@@ -230,6 +231,25 @@ def coco_folder(
             return coco_folders.CocoFolder(config=config, data_dir=_data_dir(data_dir))
 
     return _source(make, annotations, split)
+
+
+def mixture(sources: Mapping[str, Any], weights: Weights = (), seed: int = 0, examples_per_step: float = 0.0) -> Joined:
+    """Return several sources as one; see research/data/mixture.py for the order.
+
+    Args:
+      sources: {name: source}, all with the same features.
+      weights: {name: weight}: the shares that the sources have of the examples, in any unit; each source is shuffled
+        anew whenever it has been seen whole. Shares that change are [{"from_step": 0, "weights": {...}}, ...], to
+        which a resumed run may add phases from its step on. Without weights each example comes once, as an
+        evaluation needs it.
+      seed: of the order of each source.
+      examples_per_step: what a step takes of the mixture, to place `from_step`: the batch size, or, where rows are
+        packed, train/source_examples of metrics.jsonl divided by the step.
+
+    Raises:
+      UserError: unknown names, weights not above 0, or sources of different features.
+    """
+    return make_mixture(sources, weights, seed, examples_per_step)
 
 
 def _data_dir(data_dir: str | None) -> str:

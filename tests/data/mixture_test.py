@@ -1,0 +1,150 @@
+"""Mixtures: exact proportions at any position, each source's own epochs, and weights that change."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from research import train
+from research.build import build
+from research.configuration import trust
+from research.data.mixture import permuted
+from research.data.source import examples, mixture
+from research.errors import UserError
+
+LENGTHS = {"web": 70, "code": 11, "books": 23}
+SOURCES = {name: examples([{"text": f"{name} {i}"} for i in range(n)]) for name, n in LENGTHS.items()}
+WEIGHTS = {"web": 6, "code": 3, "books": 1.5}
+
+
+def _names(mixed, positions):
+    return [mixed[i]["text"].split()[0] for i in positions]
+
+
+def test_any_run_of_positions_has_the_proportions_of_the_weights():
+    mixed = mixture(SOURCES, WEIGHTS)
+    for start in (0, 1, 777, 10**9):
+        names = _names(mixed, range(start, start + 210))
+        for name, weight in WEIGHTS.items():
+            assert abs(names.count(name) - 210 * weight / 10.5) <= len(SOURCES)
+
+
+def test_each_source_has_epochs_of_its_own_each_in_another_order():
+    mixed = mixture(SOURCES, WEIGHTS)
+    texts = [mixed[i]["text"] for i in range(1000)]
+    for name, length in LENGTHS.items():
+        own = [text for text in texts if text.startswith(name)]
+        epochs = [own[i : i + length] for i in range(0, len(own) - length + 1, length)]
+        assert len(epochs) >= 6 or name != "code"
+        assert all(set(epoch) == {f"{name} {i}" for i in range(length)} for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_a_position_is_a_function_of_the_seed_and_itself_alone():
+    mixed, again = mixture(SOURCES, WEIGHTS), mixture(dict(reversed(SOURCES.items())), dict(reversed(WEIGHTS.items())))
+    positions = [5, 10**10, 0, 999, 5]
+    assert [mixed[i] for i in positions] == [pickle.loads(pickle.dumps(again))[i] for i in positions]
+    other = mixture(SOURCES, WEIGHTS, seed=1)
+    assert _names(mixed, range(99)) == _names(other, range(99))
+    assert [mixed[i] for i in range(99)] != [other[i] for i in range(99)]
+
+
+def test_many_positions_are_located_as_one_is():
+    mixed = mixture(SOURCES, WEIGHTS)
+    positions = np.random.default_rng(0).integers(0, 10**6, 50)
+    names, records = mixed.locate(positions)
+    keys = list(mixed.sources)
+    assert [f"{keys[n]} {r}" for n, r in zip(names, records)] == [mixed[i]["text"] for i in positions]
+
+
+def test_an_epoch_is_over_when_each_source_has_been_seen_once():
+    mixed = mixture(SOURCES, WEIGHTS)
+    assert {example["text"] for example in mixed} >= {f"{name} {i}" for name, n in LENGTHS.items() for i in range(n)}
+    epochs = mixed.epochs(len(mixed))
+    assert min(epochs.values()) >= 1 > min(mixed.epochs(len(mixed) - 1).values())
+    names = _names(mixed, range(len(mixed)))
+    assert epochs == {name: names.count(name) / n for name, n in LENGTHS.items()}
+
+
+def test_weights_that_change_leave_what_was_before():
+    phases = [{"from_step": 0, "weights": {"web": 3, "code": 1}}]
+    phases += [{"from_step": 10, "weights": {"books": 1, "code": 1}}, {"from_step": 30, "weights": {"web": 1}}]
+    one = mixture(SOURCES, phases[:1] + [{"from_step": 1000, "weights": WEIGHTS}], examples_per_step=8)
+    three = mixture(SOURCES, phases, examples_per_step=8)
+    assert [one[i] for i in range(80)] == [three[i] for i in range(80)]
+    assert len(one) == len(three)
+    names = _names(three, range(400))
+    assert [names[80:240].count(name) for name in ("web", "code", "books")] == [0, 80, 80]
+    assert set(names[240:]) == {"web"}
+    assert three.epochs(400) == {name: names.count(name) / n for name, n in LENGTHS.items()}
+    web = [text for i in range(400) if (text := three[i]["text"]).startswith("web")]
+    assert len(set(web[:70])) == 70  # its first epoch goes on after the pause
+    with pytest.raises(UserError, match="examples_per_step: it is missing"):
+        mixture(SOURCES, phases)
+
+
+def test_without_weights_each_example_comes_once():
+    joined = pickle.loads(pickle.dumps(mixture(SOURCES)))
+    texts = [example["text"] for example in joined]
+    assert len(joined) == len(texts) == len(set(texts)) == sum(LENGTHS.values())
+    assert joined.epochs(208) == dict.fromkeys(LENGTHS, 2.0)
+    with pytest.raises(IndexError):
+        joined[len(joined)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"web": 1, "code": 1, "boks": 1}, r"weights: no source 'boks'; did you mean 'books'\?"),
+        ({"web": 1, "code": 1}, "weights: there is none for 'books'"),
+        (WEIGHTS | {"web": 0}, "weights: that of 'web' is 0; it must be a number greater than 0"),
+        (WEIGHTS | {"web": -1.0}, "weights: that of 'web' is -1.0"),
+        ([{"from_step": 5, "weights": WEIGHTS}], "weights: from_step must begin at 0 and ascend, not 5"),
+        ([{"from": 0, "weights": WEIGHTS}], "weights: a phase has from_step and weights, not from, weights"),
+    ],
+)
+def test_weights_that_are_wrong(weights, message):
+    with pytest.raises(UserError, match=message):
+        mixture(SOURCES, weights)
+
+
+def test_sources_that_do_not_go_together():
+    with pytest.raises(UserError, match="the examples of 'b' have no 'text', but those of 'a' do"):
+        mixture({"a": examples([{"text": "", "id": 1}]), "b": examples([{"id": 1}])})
+    with pytest.raises(UserError, match="sources: 'b' has no examples"):
+        mixture({"a": examples([{"text": ""}]), "b": examples([])})
+    with pytest.raises(UserError, match="the classes of 'label' in 'b' are not those of the others"):
+        mixture({name: examples([{"label": 0}], {"label": [name, "x"]}) for name in ("a", "b")})
+
+
+def test_permutations():
+    for length in (1, 2, 3, 37, 256, 257):
+        assert sorted(permuted(np.arange(length), length, np.full(length, 3, np.uint64))) == list(range(length))
+    keys = np.arange(3000, dtype=np.uint64)
+    orders = permuted(np.tile(np.arange(3), 3000), 3, np.repeat(keys, 3)).reshape(3000, 3)
+    counts = np.unique(orders, axis=0, return_counts=True)[1]
+    assert len(counts) == 6
+    assert ((counts - 500) ** 2 / 500).sum() < 20.5  # chi squared of 5 degrees of freedom: 0.1 %
+
+
+def test_a_run_on_a_mixture_logs_epochs_of_each_source(tmp_path):
+    from configs.pretrain_text import get_config
+
+    config = get_config("tiny")
+    config.data.pack = 0
+    config.data.ops = [{"call": "research.data.language.CausalTokens", "max_length": 32}]
+    config.data.features = [name for name in config.data.features if name != "positions"]
+    config.num_steps, config.log.every_steps, config.evals = 4, 2, {}
+    records = {name: [{"text": f"{name} {i}"} for i in range(n)] for name, n in (("web", 40), ("code", 8))}
+    nodes = {name: {"call": "research.data.source.examples", "records": few} for name, few in records.items()}
+    weights = {"web": 3, "code": 1}
+    config.data.source = {"call": "research.data.source.mixture", "sources": nodes, "weights": weights}
+    trust.check(config.data.source.to_dict(), tmp_path)
+    mixed = build(config.data.source, "config.data.source")
+    train.run(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (last,) = (row for row in rows if row["step"] == 4 and "train/loss" in row)
+    examples_seen = 4 * config.batch_size
+    assert last["train/source_examples"] == examples_seen
+    assert {name: last[f"train/epochs/{name}"] for name in records} == mixed.epochs(examples_seen)
