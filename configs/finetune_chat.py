@@ -5,9 +5,11 @@ r"""Fine-tunes a published decoder on your own conversations, with the loss on t
 A line of the file: {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}; the
 first message may be of the role system, and any number of turns may follow. Each of these is said once and holds
 everywhere:
-  --config.data.source.train     the file: JSON lines or Parquet (or a folder, or a pattern, of them); one conversation
-                                 in ten is held out and evaluated on
-  --config.data.source.test      a file to evaluate on instead
+  --config.data.source.train     the file: JSON lines, perhaps as .gz or .zst, or Parquet (or a folder, or a pattern, of
+                                 them); or a data set of the hub, hf://datasets/ORG/NAME, and where a split is not
+                                 called "train", hf://datasets/ORG/NAME#split=train_sft. One conversation in ten is
+                                 held out and evaluated on
+  --config.data.source.test      a file to evaluate on instead; a data set of the hub is its split "test"
   --config.data.source.held_out  another share than 0.1 (none with a test file)
   --config.data.source.messages  the field of the messages
   --config.init.path             the model: hf://ORG/NAME, a folder, or what --mode=export wrote; GPT-2, Llama, Mistral,

@@ -4,8 +4,10 @@ r"""Pretrains a small language model on your own text, with a tokenizer that is 
 
 Each of these is said once and holds everywhere:
   --config.data.source.train       a file, a folder, or a pattern such as "notes/**/*.md": plain text, or CSV, TSV, JSON
-                                   lines or Parquet; one document in ten is held out and evaluated on
-  --config.data.source.validation  files to evaluate on instead
+                                   lines or Parquet, all but Parquet perhaps as .gz or .zst; or a data set of the hub,
+                                   hf://datasets/ORG/NAME[@REVISION][#config=NAME,split=NAME]. One document in ten is
+                                   held out and evaluated on
+  --config.data.source.validation  files to evaluate on instead; a data set of the hub is its split of that name
   --config.data.source.held_out    another share than 0.1 (none with validation files)
   --config.data.source.unit        what a document is in plain text: "file", "paragraph" or "line"; by default a
                                    paragraph of a single .txt or .md file, else a file. No document sees another, so

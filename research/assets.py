@@ -16,7 +16,8 @@ proxies and credentials are whatever those are configured with. Nothing inside a
 
 Packages are cached in `$RESEARCH_CACHE`, else `~/.cache/research/assets`; the hub in its own cache
 (`$HF_HOME`). What is cached is used without a look at the network. To move a branch of a hub
-repository forward, delete its cached copy, or better, name a commit.
+repository forward, delete its cached copy, or better, name a commit. The hub's data sets,
+`hf://datasets/org/name`, are found by research/data/hub.py.
 """
 
 import contextlib
@@ -70,6 +71,8 @@ _FORMS = {
 }
 _HUB_FORM = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>.+))?")
 
+DATASETS = "datasets/"  # before the name of a repository that is a data set's
+
 _SMALL_FILES = (
     "*config.json",
     "tokenizer*",
@@ -107,6 +110,11 @@ def resolve(uri: str | os.PathLike) -> pathlib.Path:
         raise UserError(f"unknown scheme '{scheme}://' in '{uri}'{nearest(scheme, ['hf', *_FORMS])}")
     _RESOLVED[uri] = what
     return path
+
+
+def note(uri: str, what: str) -> None:
+    """Record what a URI was resolved to elsewhere, for `resolved`."""
+    _RESOLVED[uri] = what
 
 
 def resolved() -> dict[str, str]:
@@ -151,16 +159,25 @@ def _hub(uri: str, rest: str) -> tuple[pathlib.Path, str]:
 
 
 def _hub_fetch(uri: str, repo: str, revision: str | None, file: str | None) -> pathlib.Path:
-    """Call the hub's client; turns what it raises into one line."""
+    with hub_errors(uri, repo, revision, file):
+        return _hub_file(repo, revision, file) if file else _hub_snapshot(repo, revision)
+
+
+@contextlib.contextmanager
+def hub_errors(uri: str, repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+    """Turn what the hub's client raises into one line; `repo` begins with `DATASETS` where it is a data set's."""
     from huggingface_hub import constants, errors  # here, because importing it takes a while
 
+    kind = " --repo-type=dataset" if repo.startswith(DATASETS) else ""
     try:
-        return _hub_file(repo, revision, file) if file else _hub_snapshot(repo, revision)
+        yield
+    except UserError:
+        raise
     except errors.LocalEntryNotFoundError:
         raise UserError(
             f"'{uri}' is not cached and the hub cannot be reached (no network, or HF_HUB_OFFLINE is "
-            f"set); where there is a network run `hf download {repo}` and copy its folder into "
-            f"'{constants.HF_HUB_CACHE}', or name a local folder instead"
+            f"set); where there is a network run `hf download {repo.removeprefix(DATASETS)}{kind}` and copy its folder "
+            f"into '{constants.HF_HUB_CACHE}', or name a local folder instead"
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"hf://{repo} has no revision '{revision}'{_hub_revisions(repo)}") from None
@@ -228,11 +245,15 @@ def _has_weights(folder: pathlib.Path, patterns: tuple[str, str]) -> bool:
     return bool(names) and shards <= names
 
 
+def _repo_type(repo: str) -> str:
+    return "dataset" if repo.startswith(DATASETS) else "model"
+
+
 def _hub_revisions(repo: str) -> str:
     from huggingface_hub import HfApi
 
     with contextlib.suppress(Exception):  # only a suggestion
-        refs = HfApi().list_repo_refs(repo)
+        refs = HfApi().list_repo_refs(repo.removeprefix(DATASETS), repo_type=_repo_type(repo))
         return f"; there are: {', '.join(ref.name for ref in [*refs.branches, *refs.tags])}"
     return ""
 
@@ -241,7 +262,8 @@ def _hub_files(repo: str, revision: str | None, file: str | None) -> str:
     from huggingface_hub import HfApi
 
     with contextlib.suppress(Exception):  # only a suggestion
-        return nearest(file or "", HfApi().list_repo_files(repo, revision=revision))
+        name = repo.removeprefix(DATASETS)
+        return nearest(file or "", HfApi().list_repo_files(name, revision=revision, repo_type=_repo_type(repo)))
     return ""
 
 

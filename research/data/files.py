@@ -1,14 +1,22 @@
-"""The user's own files for language work: documents, pairs, conversations, and questions in SQuAD's format.
+"""The user's own files, and data sets of the hub, for language work.
 
-Files are read whole and held in memory; for more than fits, prepare a dataset of TFDS. All are read, so that all are
-checked, whichever split is asked for, and every bad row is named by file and line.
+Documents, pairs, conversations, questions in SQuAD's format, or rows as they are.
+
+Files are read whole and held in memory. All are read, so that all are checked, whichever split is asked for, and every
+bad row is named by file and line. Parquet and JSON lines of more than `IN_MEMORY` bytes are left where they are: see
+research/data/row_access.py for what a row costs. Their rows are checked when they are read, documents without a word
+stay, and the share that is held out is drawn by the numbers of the rows.
 
 Every function takes `train`, `validation` and `test`, each one path or several: files, folders (files of a known
-suffix at any depth) or patterns such as "books/**/*.md", or anything else that `assets.resolve` takes; `split`, one
-of these three names; and `held_out`, the share of the training examples that becomes "validation" where no files are
-given for that. Which ones is a function of their texts: equal ones stay together, and their order is of no account.
+suffix at any depth), patterns such as "books/**/*.md", a data set of the hub, whose split of that name is meant (see
+research/data/hub.py), or anything else that `assets.resolve` takes; `split`, one of these three names; and `held_out`,
+the share of the training examples that becomes "validation" where no files are given for that. Which ones is a
+function of their texts: equal ones stay together, and their order is of no account. `.gz` or `.zst` may end the name
+of any text file.
 """
 
+import dataclasses
+import functools
 import glob
 import json
 import pathlib
@@ -16,8 +24,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from research import assets
-from research.data import rows
+from research.data import hub, row_access, rows
 from research.data.source import Source
 from research.errors import UserError, nearest
 
@@ -26,6 +36,7 @@ Example = dict[str, Any]
 Read = Callable[[pathlib.Path, list[str]], Iterator[Example]]  # examples of a file; what is wrong goes to the list
 
 UNITS = ("file", "paragraph", "line")
+IN_MEMORY = 2**30  # bytes of files, compressed or not
 ROLES = ("system", "user", "assistant")
 
 
@@ -53,16 +64,25 @@ def text(
     """
     if unit not in UNITS:
         raise UserError(f"unit: no '{unit}'{nearest(unit, UNITS)}")
+    document = functools.partial(_document, field=field)
 
     def read(path: pathlib.Path, problems: list[str]) -> Iterator[Example]:
-        if path.suffix in rows.SUFFIXES:
-            every = _table(path, problems, (field,), lambda row: {"text": rows.text(row, field)})
+        if rows.suffix(path) in rows.SUFFIXES:
+            every = _table(path, problems, (field,), document)
         else:
             every = ({"text": document} for document in _plain(path, problems, unit))
         return (example for example in every if example["text"].strip())
 
     paths = {"train": train, "validation": validation, "test": test}
-    return _source(paths, (".txt", *rows.SUFFIXES), read, lambda example: example["text"], split, held_out)
+    return _source(
+        paths,
+        (".txt", *rows.SUFFIXES),
+        read,
+        lambda example: example["text"],
+        split,
+        held_out,
+        _Rows((field,), document),
+    )
 
 
 def pairs(
@@ -88,19 +108,14 @@ def pairs(
     Raises:
       UserError: no such file, column or split; bad rows, those with an empty side among them.
     """
-
-    def pair(row: dict[str, Any]) -> Example:
-        example = {"source": rows.text(row, source), "target": rows.text(row, target)}
-        for name, column in (("source", source), ("target", target)):
-            if not example[name].strip():
-                raise ValueError(f"'{column}' is empty")
-        return example
+    pair = functools.partial(_pair, source=source, target=target)
 
     def read(path: pathlib.Path, problems: list[str]) -> Iterator[Example]:
         return _table(path, problems, (source, target), pair, columns, quoted)
 
     paths = {"train": train, "validation": validation, "test": test}
-    return _source(paths, rows.SUFFIXES, read, lambda example: example["source"], split, held_out)
+    large = _Rows((source, target), pair)
+    return _source(paths, rows.SUFFIXES, read, lambda example: example["source"], split, held_out, large)
 
 
 def chat(
@@ -122,12 +137,37 @@ def chat(
     Raises:
       UserError: no such file, field or split; bad rows.
     """
+    conversation = functools.partial(_conversation, column=messages)
 
     def read(path: pathlib.Path, problems: list[str]) -> Iterator[Example]:
-        return _table(path, problems, (messages,), lambda row: {"messages": _conversation(row, messages)})
+        return _table(path, problems, (messages,), conversation)
 
     paths = {"train": train, "validation": validation, "test": test}
-    return _source(paths, (".jsonl", ".ndjson", ".parquet"), read, _prompt, split, held_out)
+    return _source(paths, row_access.SUFFIXES, read, _prompt, split, held_out, _Rows((messages,), conversation))
+
+
+def table_rows(
+    train: Paths,
+    validation: Paths | None = None,
+    test: Paths | None = None,
+    split: str = "train",
+    held_out: float = 0.0,
+    columns: Sequence[str] = (),
+) -> Source:
+    """Return rows as they are: {column: value}. However few they are, they are not held in memory.
+
+    Args:
+      train, validation, test: JSON lines (.jsonl, .ndjson) or .parquet.
+      split, held_out: see above; which rows are held out is drawn by their numbers.
+      columns: those to read; all of the first row where there are none.
+
+    Raises:
+      UserError: no such file, column or split; a damaged file.
+    """
+    paths = {"train": train, "validation": validation, "test": test}
+    given, files = _given(paths, row_access.SUFFIXES)
+    rows.check_held_out(held_out, files)
+    return _rows_of(given, files, _Rows(tuple(columns), dict), split, held_out)
 
 
 def squad_json(
@@ -154,6 +194,14 @@ def squad_json(
     return _source(paths, (".json",), _questions, lambda example: example["context"], split, held_out)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """How rows of files that are not held in memory become examples: of these columns, by this function."""
+
+    columns: tuple[str, ...]
+    make: Callable[[dict[str, Any]], Example]
+
+
 def _source(
     paths: dict[str, Paths | None],
     suffixes: Sequence[str],
@@ -161,13 +209,15 @@ def _source(
     key: Callable[[Example], str],
     split: str,
     held_out: float,
+    large: _Rows | None = None,
 ) -> Source:
-    """Read all files; return the examples of one split."""
-    given = {name: where for name, where in paths.items() if where}
-    if "train" not in given:
-        raise UserError("train: no file is given")
-    files = {name: _files(where, suffixes) for name, where in given.items()}
+    """Return the examples of one split: of few files, read whole; of many, where they can be, as they are asked for."""
+    given, files = _given(paths, suffixes)
     rows.check_held_out(held_out, files)
+    every = [path for some in files.values() for path in some]
+    lazy = large and all(rows.suffix(path) in row_access.SUFFIXES for path in every)
+    if large and lazy and sum(path.stat().st_size for path in every) > IN_MEMORY:
+        return _rows_of(given, files, large, split, held_out)
     problems: list[str] = []
     splits = {name: [example for path in some for example in read(path, problems)] for name, some in files.items()}
     rows.refuse(problems)
@@ -177,26 +227,63 @@ def _source(
     if held_out:
         keys = [key(example) for example in splits["train"]]
         splits["train"], splits["validation"] = rows.hold_out(splits["train"], keys, held_out)
+    return Source(_chosen(given, splits, split))
+
+
+def _rows_of(
+    given: dict[str, Paths], files: dict[str, list[pathlib.Path]], large: _Rows, split: str, held_out: float
+) -> Source:
+    """Return examples that are made of rows as they are asked for."""
+    names = [*files, *(["validation"] if held_out else [])]
+    origin = "train" if held_out and split == "validation" else split
+    _chosen(given, dict.fromkeys(names), split)
+    found = row_access.Rows(tuple(files[origin]), large.columns)
+    if not len(found):
+        raise UserError(f"{origin}: {_listed(given[origin])} holds no examples")
+    chosen = None
+    if held_out and origin == "train":
+        order = np.random.default_rng(0).permutation(len(found))
+        held = round(held_out * len(found))
+        chosen = np.sort(order[:held] if split == "validation" else order[held:])
+        if not 0 < held < len(found):
+            raise UserError(f"held_out: {held_out} of {len(found)} rows leaves one of the two splits empty")
+    return Source(row_access.Examples(found, large.make, chosen))
+
+
+def _chosen(given: dict[str, Paths], splits: dict[str, Any], split: str) -> Any:
     if split not in splits:
         raise UserError(f"{_listed(given['train'])} has no split '{split}'{nearest(split, splits)}")
-    return Source(splits[split])
+    return splits[split]
+
+
+def _given(
+    paths: dict[str, Paths | None], suffixes: Sequence[str]
+) -> tuple[dict[str, Paths], dict[str, list[pathlib.Path]]]:
+    """Return of each split that is given its paths, and the files that are meant."""
+    given = {name: where for name, where in paths.items() if where}
+    if "train" not in given:
+        raise UserError("train: no file is given")
+    return given, {name: _files(where, suffixes, name) for name, where in given.items()}
 
 
 def _listed(paths: Paths) -> str:
     return ", ".join(f"'{path}'" for path in ([paths] if isinstance(paths, str) else paths))
 
 
-def _files(paths: Paths, suffixes: Sequence[str]) -> list[pathlib.Path]:
+def _files(paths: Paths, suffixes: Sequence[str], split: str) -> list[pathlib.Path]:
     """Return the files that are meant, those of a folder or a pattern in the order of their names."""
     files: list[pathlib.Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
         pattern = pathlib.Path(path).expanduser()
-        if glob.has_magic(path) and "://" not in path and not pattern.exists():
+        if path.startswith(hub.SCHEME):
+            some = hub.files(path, split, suffixes)
+        elif glob.has_magic(path) and "://" not in path and not pattern.exists():
             some = [pathlib.Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
             some = [file for file in some if file.is_file()]
         else:
             place = assets.resolve(path)
-            some = sorted(file for file in place.rglob("*") if file.suffix in suffixes) if place.is_dir() else [place]
+            below = (file for file in place.rglob("*") if rows.suffix(file) in suffixes)
+            some = sorted(below) if place.is_dir() else [place]
         if not some:
             raise UserError(f"'{path}' holds no file that ends in {', '.join(suffixes)}")
         files += some
@@ -227,7 +314,19 @@ def _table(
             problems.append(f"{path}:{number}: {error}")
 
 
-def _conversation(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
+def _document(row: dict[str, Any], field: str) -> Example:
+    return {"text": rows.text(row, field)}
+
+
+def _pair(row: dict[str, Any], source: str, target: str) -> Example:
+    example = {"source": rows.text(row, source), "target": rows.text(row, target)}
+    for name, column in (("source", source), ("target", target)):
+        if not example[name].strip():
+            raise ValueError(f"'{column}' is empty")
+    return example
+
+
+def _conversation(row: dict[str, Any], column: str) -> Example:
     """Return the messages of a row; a ValueError says what is wrong with them."""
     messages = rows.cell(row, column)
     if not isinstance(messages, list):
@@ -240,7 +339,7 @@ def _conversation(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
             raise ValueError(f"message {number} has the role '{role}'{nearest(str(role), ROLES)}")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message is the assistant's")
-    return messages
+    return {"messages": messages}
 
 
 def _prompt(example: Example) -> str:

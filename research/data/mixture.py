@@ -144,7 +144,7 @@ class Mixture(Joined):
         """See `Joined.epochs`."""
         number = bisect.bisect_right([start for start, _ in self.phases], position) - 1
         start, _ = self.phases[number]
-        seen = self._before[number] + _counts(position - start, self._parts[number])
+        seen = self._before[number] + _counts(int(position) - start, self._parts[number])
         return dict(zip(self.sources, (seen / self._lengths).tolist()))
 
     @functools.cached_property

@@ -1,12 +1,14 @@
 """Rows of the user's own CSV, TSV, JSON-lines and Parquet files; what is wrong with them, by file and line."""
 
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import pathlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow
 from pyarrow import parquet
@@ -14,6 +16,7 @@ from pyarrow import parquet
 from research.errors import UserError, nearest
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # after one of them, but for Parquet, which compresses itself
 SHOWN = 10  # bad rows in a message
 
 Row = tuple[int, dict[str, Any]]  # its line in the file, from 1 (in Parquet its row), and its columns
@@ -30,7 +33,7 @@ def read(
     """Yield the good rows of a file; what is wrong with the others goes to `problems`.
 
     Args:
-      path: the file; its suffix is one of `SUFFIXES`.
+      path: the file; its suffix is one of `SUFFIXES`, which one of `COMPRESSED` may follow.
       wanted: the columns that must be there. A Parquet file gives these alone.
       problems: gets a line for each bad row.
       columns: the names of the columns of CSV and TSV files without a header.
@@ -40,22 +43,44 @@ def read(
       UserError: a column is not there, with the nearest, or the file is no table.
     """
     check_suffix(path)
-    if path.suffix == ".parquet":
+    if suffix(path) == ".parquet":
         return _parquet(path, wanted)
-    if path.suffix in (".csv", ".tsv"):
+    if suffix(path) in (".csv", ".tsv"):
         return _delimited(path, wanted, problems, columns, quoted)
     return _json_lines(path, wanted, problems)
 
 
+def suffix(path: pathlib.PurePath) -> str:
+    """Return a file's suffix, without that of its compression: ".jsonl" of "a.jsonl.gz"."""
+    return pathlib.PurePath(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Open a file's bytes, decompressed; a UserError if they are not what the suffix says, or end too early."""
+    compression = COMPRESSED.get(path.suffix)
+    if compression is None:
+        with path.open("rb") as plain:
+            yield plain
+        return
+    try:
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), 2**20) as file:  # type: ignore[arg-type]
+            yield file
+    except OSError as error:
+        if error.errno is not None:  # the file system's, and not the decompressor's
+            raise
+        raise UserError(f"'{path}' cannot be decompressed as {compression}: {' '.join(str(error).split())}") from error
+
+
 def check_suffix(path: pathlib.Path) -> None:
     """Raise a UserError if the file does not end as a table does."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"'{path}' does not end as a table does{nearest(path.suffix, SUFFIXES)}")
+    if suffix(path) not in SUFFIXES:
+        raise UserError(f"'{path}' does not end as a table does{nearest(suffix(path), SUFFIXES)}")
 
 
 def lines(path: pathlib.Path, problems: list[str]) -> Iterator[str]:
     """Yield a file's lines with their ends; those that are not UTF-8 go to `problems`, and come mended."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -119,7 +144,8 @@ def hold_out(rows: Sequence[T], keys: Sequence[str], share: float) -> tuple[list
     return parts
 
 
-def _require_columns(path: pathlib.Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+def require_columns(path: pathlib.Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise a UserError if a column is not among a file's `names`, or one of these is there twice."""
     for column in wanted:
         if column not in names:
             raise UserError(f"'{path}' has no column '{column}'{nearest(column, names)}")
@@ -131,7 +157,7 @@ def _delimited(
     path: pathlib.Path, wanted: Sequence[str], problems: list[str], columns: Sequence[str], quoted: bool | None
 ) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # a document may be a field
-    tab = path.suffix == ".tsv"
+    tab = suffix(path) == ".tsv"
     quoted = not tab if quoted is None else quoted
     reader = csv.reader(
         lines(path, problems),
@@ -141,7 +167,7 @@ def _delimited(
     )
     names = list(columns)
     if names:
-        _require_columns(path, names, wanted)
+        require_columns(path, names, wanted)
     while True:
         line = reader.line_num + 1
         try:
@@ -153,7 +179,7 @@ def _delimited(
             return
         if not names:
             names = fields
-            _require_columns(path, names, wanted)
+            require_columns(path, names, wanted)
         elif len(fields) == len(names):
             yield line, dict(zip(names, fields))
         elif fields:  # an empty line is no row
@@ -174,7 +200,7 @@ def _json_lines(path: pathlib.Path, wanted: Sequence[str], problems: list[str]) 
             problems.append(f"{path}:{number}: not a JSON object")
             continue
         if not checked:
-            _require_columns(path, list(row), wanted)
+            require_columns(path, list(row), wanted)
             checked = True
         yield number, row
 
@@ -182,7 +208,7 @@ def _json_lines(path: pathlib.Path, wanted: Sequence[str], problems: list[str]) 
 def _parquet(path: pathlib.Path, wanted: Sequence[str]) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
-            _require_columns(path, file.schema_arrow.names, wanted)
+            require_columns(path, file.schema_arrow.names, wanted)
             table = file.read(columns=list(dict.fromkeys(wanted))).to_pylist()
     except pyarrow.ArrowException as error:
         raise UserError(f"'{path}' cannot be read as Parquet: {' '.join(str(error).split())}") from error
