@@ -10,20 +10,26 @@ It is therefore in order already (`ordered`): a reader takes the positions 0, 1,
 has taken, as windows sorted by length do, but must neither permute positions across windows, which would blur the
 proportions and move examples over a change of the weights, nor begin again at `len`. Whoever does shuffle one epoch
 and repeat it still gets the proportions on average, but the same examples of a source in each epoch.
+
+Weights may change when a run is resumed, from a step on that it has not passed: the positions before stay what they
+were. Where the change falls into a window of batches of which the run has had a part, the window is cut anew, so that
+some of its examples come twice and some not at all; `from_step` at the beginning of a later window avoids it.
 """
 
 import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from research.errors import UserError, nearest
 
+CALL = "research.data.source.mixture"
 PARTS = 2**20  # weights become whole numbers of this many parts, so that proportions are exact at any position
+BLOCK = 32  # positions that are located together, at less than twice the cost of one
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # between the keys of rounds, as in SplitMix64
 
 Example = dict[str, Any]
@@ -123,6 +129,12 @@ class Mixture(Joined):
         """
         return self._length
 
+    def __getitem__(self, index: int) -> Example:
+        """Return the example at a position."""
+        (at,) = self._checked([index]).tolist()
+        sources, records = self._block(at // BLOCK)
+        return self._values[sources[at % BLOCK]][int(records[at % BLOCK])]
+
     def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Joined.locate`; no position is too great."""
         at = self._checked(positions)
@@ -146,6 +158,11 @@ class Mixture(Joined):
         start, _ = self.phases[number]
         seen = self._before[number] + _counts(int(position) - start, self._parts[number])
         return dict(zip(self.sources, (seen / self._lengths).tolist()))
+
+    @functools.cached_property
+    def _block(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        """Of the positions of a block, as `locate`; the last few blocks are kept, as positions are read in order."""
+        return functools.lru_cache(16)(lambda block: self.locate(np.arange(block * BLOCK, (block + 1) * BLOCK)))
 
     @functools.cached_property
     def _length(self) -> int:
@@ -198,6 +215,32 @@ def make_mixture(sources: Mapping[str, Any], weights: Weights, seed: int, exampl
     if unused := sorted(set(sources) - {name for _, parts in phases for name in parts}):
         raise UserError(f"weights: there is none for '{unused[0]}'")
     return Mixture(sources, phases=tuple(phases), seed=seed)
+
+
+def with_new_weights(old: Any, new: Any, step: int) -> Any:
+    """Return the config `old` with those weights of mixtures in `new` that are other ones from `step` on only.
+
+    Args:
+      old, new: nodes of the config of one run, before and after.
+      step: to which the run has come.
+    """
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return old
+    made = {key: with_new_weights(value, new.get(key), step) for key, value in old.items()}
+    if old.get("call") == new.get("call") == CALL and _weights_until(old, step) == _weights_until(new, step):
+        free = ("weights", "examples_per_step")
+        made = {key: value for key, value in made.items() if key not in free}
+        made |= {key: new[key] for key in free if key in new}
+    return made
+
+
+def _weights_until(node: Mapping[str, Any], step: int) -> Any:
+    """Return what decides which examples the first steps of a run have."""
+    weights = node.get("weights") or ()
+    phases: list[Mapping[str, Any]]
+    phases = [{"from_step": 0, "weights": weights}] if isinstance(weights, Mapping) else list(weights)
+    used = [phase for phase in phases if phase.get("from_step", 0) < max(step, 1)]
+    return used, node.get("examples_per_step") if len(used) > 1 else None
 
 
 def _parts_of(weights: Mapping[str, float], sources: Mapping[str, Any]) -> dict[str, int]:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from research import assets
 from research.configuration import trust
 from research.configuration.moved import current_config
+from research.data.mixture import with_new_weights
 from research.errors import UserError
 from research.runtime.preemption import PreemptedError
 
@@ -40,7 +41,10 @@ class Record:
         """
         self._path, self._config = workdir, config
         stored = read_config(workdir)
-        if stored is not None and any((workdir / "checkpoints").glob("[0-9]*")):
+        saved = (workdir / "checkpoints").glob("[0-9]*")  # one that is being written has more to its name
+        steps = [int(path.name) if path.name.isdigit() else 0 for path in saved]
+        if stored is not None and steps:
+            stored["data"] = with_new_weights(stored.get("data"), config.get("data"), max(steps))
             for key, old, new in differences(stored, config):
                 if key.split(".")[0] not in FREE_TO_CHANGE:
                     raise UserError(

@@ -14,6 +14,7 @@ from research.data.mixture import permuted
 from research.data.source import examples, mixture
 from research.errors import UserError
 from research.reporting import figures
+from research.reporting.record import Record
 
 LENGTHS = {"web": 70, "code": 11, "books": 23}
 SOURCES = {name: examples([{"text": f"{name} {i}"} for i in range(n)]) for name, n in LENGTHS.items()}
@@ -86,6 +87,29 @@ def test_weights_that_change_leave_what_was_before():
         mixture(SOURCES, phases)
 
 
+def _recorded(folder, source):
+    config = {"data": {"source": {"call": "research.data.source.mixture", "sources": {}} | source}}
+    Record(folder, config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_may_go_on_with_other_weights_from_its_step_on(tmp_path):
+    first, other = {"from_step": 0, "weights": {"web": 1}}, {"web": 1, "code": 1}
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    _recorded(tmp_path, {"weights": {"web": 1}})
+    with pytest.raises(UserError, match=r"config\.data\.source\.weights.*: .* holds a run with"):
+        _recorded(tmp_path, {"weights": other})
+    late = [first, {"from_step": 10, "weights": other}]
+    with pytest.raises(UserError, match=r"config\.data\.source\.weights: .* holds a run with"):
+        _recorded(tmp_path, {"weights": [first, {"from_step": 9, "weights": other}], "examples_per_step": 8})
+    _recorded(tmp_path, {"weights": late, "examples_per_step": 8})
+    (tmp_path / "checkpoints" / "11").mkdir()
+    with pytest.raises(UserError, match=r"config\.data\.source\.examples_per_step: .* holds a run with 8"):
+        _recorded(tmp_path, {"weights": late, "examples_per_step": 9})
+    with pytest.raises(UserError, match=r"config\.data\.source\.seed: "):
+        _recorded(tmp_path, {"weights": late, "examples_per_step": 8, "seed": 1})
+
+
 def test_without_weights_each_example_comes_once():
     joined = pickle.loads(pickle.dumps(mixture(SOURCES)))
     texts = [example["text"] for example in joined]
@@ -136,8 +160,9 @@ def test_a_run_on_a_mixture_logs_epochs_of_each_source(tmp_path, monkeypatch):
     config.num_steps, config.log.every_steps, config.evals = 4, 2, {}
     records = {name: [{"text": f"{name} {i}"} for i in range(n)] for name, n in (("web", 40), ("code", 8))}
     nodes = {name: {"call": "research.data.source.examples", "records": few} for name, few in records.items()}
-    weights = {"web": 3, "code": 1}
+    weights = [{"from_step": 0, "weights": {"web": 3, "code": 1}}, {"from_step": 99, "weights": {"code": 1}}]
     config.data.source = {"call": "research.data.source.mixture", "sources": nodes, "weights": weights}
+    config.data.source["examples_per_step"] = 50
     trust.check(config.data.source.to_dict(), tmp_path)
     mixed = build(config.data.source, "config.data.source")
     train.run(config, tmp_path / "run")
