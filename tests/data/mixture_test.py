@@ -146,9 +146,11 @@ def test_sources_that_do_not_go_together():
 
 def test_permutations():
     for length in (1, 2, 3, 37, 256, 257):
-        assert sorted(permuted(np.arange(length), length, np.full(length, 3, np.uint64))) == list(range(length))
+        assert sorted(permuted(np.arange(length), np.full(length, length), np.full(length, 3, np.uint64))) == list(
+            range(length)
+        )
     keys = np.arange(3000, dtype=np.uint64)
-    orders = permuted(np.tile(np.arange(3), 3000), 3, np.repeat(keys, 3)).reshape(3000, 3)
+    orders = permuted(np.tile(np.arange(3), 3000), np.full(9000, 3), np.repeat(keys, 3)).reshape(3000, 3)
     counts = np.unique(orders, axis=0, return_counts=True)[1]
     assert len(counts) == 6
     assert ((counts - 500) ** 2 / 500).sum() < 20.5  # chi squared of 5 degrees of freedom: 0.1 %
