@@ -148,6 +148,8 @@ def _nearest_path(path: pathlib.Path) -> str:
 
 
 def _hub(uri: str, rest: str) -> tuple[pathlib.Path, str]:
+    if rest.startswith(DATASETS):
+        raise UserError(f"'{uri}' is a data set, which the functions of research.data.files alone can read")
     match = _HUB_FORM.fullmatch(rest)
     if not match:
         raise UserError(f"'{uri}' names no repository; write hf://ORG/NAME@REVISION/FILE")

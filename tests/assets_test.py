@@ -98,6 +98,7 @@ def test_local_path(tmp_path, monkeypatch):
         ("pypi://thing==1.0/x#md5=00", "'#md5=00' .* is not #sha256= and 64"),
         ("pypi://thing==1.0/x#sha256=00", "is not #sha256= and 64"),
         ("hf://", "names no repository"),
+        ("hf://datasets/org/name", r"is a data set, which the functions of research\.data\.files alone can read"),
     ],
 )
 def test_malformed_uri(uri, message, clients):

@@ -159,7 +159,7 @@ def table_rows(
     Args:
       train, validation, test: JSON lines (.jsonl, .ndjson) or .parquet.
       split, held_out: see above; which rows are held out is drawn by their numbers.
-      columns: those to read; all of the first row where there are none.
+      columns: those to read, which must be there; all where there are none.
 
     Raises:
       UserError: no such file, column or split; a damaged file.

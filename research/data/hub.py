@@ -8,7 +8,7 @@ Configs and splits are those of the card (`configs:` of README.md), else what th
 data/train-00000-of-00002.parquet, CONFIG/test-*.parquet, CONFIG/train/0000.parquet (as on the branch
 refs/convert/parquet, which is taken where the repository itself has no files that can be read), train.jsonl.gz, and
 files without the name of a split are "train". Their code is never run. The files of one split are fetched, into the
-hub's own cache; where there is no network, what is cached counts as all there is.
+hub's own cache, after one request for the names of all; where there is no network, what is cached counts as all.
 """
 
 import collections
@@ -217,6 +217,7 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
     """Return the names that a pattern means, in which `*` stays within a folder and `**` does not."""
     from fsspec.utils import glob_translate
 
+    pattern = pattern.removeprefix("./")
     if not glob.has_magic(pattern):
         return [name for name in names if name == pattern]
     form = re.compile(glob_translate(pattern))

@@ -121,7 +121,7 @@ configs:
   default: true
   data_files:
   - split: train
-    path: ["a/*.parquet", "b.parquet"]
+    path: ["./a/*.parquet", "b.parquet"]
   - split: heldout
     path: c/**
 - config_name: extra
