@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from research import evaluate, flops, sharding
 from research.checkpoint import Checkpoints
-from research.data.mixture import Joined
 from research.errors import UserError
 from research.experiment import Experiment
 from research.metrics import Mean
@@ -159,15 +158,15 @@ class _Loop:
             self.save(replace=evaluated)  # the one from before this evaluation does not know its result
 
     def source_epochs(self) -> dict[str, float]:
-        """Return how many examples of a mixture the steps so far took, and how many epochs of each of its sources.
+        """Return how many rows of a mixture the steps so far took, and how many epochs of each of its sources.
 
         Where rows are packed, these are what the number of rows in an epoch, an estimate, says.
         """
         data, rows = self.experiment.data, self.step * self.experiment.config.batch_size
-        if not isinstance(data.source, Joined):
+        if data.mixture is None:
             return {}
-        examples = round(rows / data.size * len(data.source))
-        epochs = {f"train/epochs/{name}": value for name, value in data.source.epochs(examples).items()}
+        examples = round(rows / data.size * len(data.mixture))
+        epochs = {f"train/epochs/{name}": value for name, value in data.mixture.epochs(examples).items()}
         return {"train/source_examples": float(examples), **epochs}
 
     def finished(self) -> bool:

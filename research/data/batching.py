@@ -61,6 +61,7 @@ class Plan:
       packed: whether rows are packed.
       seed: for the order.
       train: whether the stream is endless and shuffled; else it is one epoch, in order.
+      order: gives the rows [N] at positions [N] of the endless stream, where it is not that of `seed`.
     """
 
     count: int
@@ -71,6 +72,7 @@ class Plan:
     packed: bool
     seed: int
     train: bool
+    order: Callable[[np.ndarray], np.ndarray] | None = None
 
     def batches(self, number: int) -> list[Batch] | None:
         """Return the batches of a window; None after the last one."""
@@ -88,6 +90,8 @@ class Plan:
         """Return the row [N] at each position."""
         if not self.train:
             return positions
+        if self.order is not None:
+            return self.order(positions)
         epochs, places = np.divmod(positions, self.count)
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():

@@ -82,6 +82,45 @@ class Columns:
         return longest
 
 
+class Joined:
+    """The rows of several parts, one part after another."""
+
+    def __init__(self, parts: Sequence[Any]):
+        """Take what holds rows as Columns does."""
+        self._parts, lengths = parts, [len(part) for part in parts]
+        self._starts = np.cumsum([0, *lengths])[:-1]
+        self._length = sum(lengths)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        """Return one row."""
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[part][index - int(self._starts[part])]
+
+    def lengths(self, names: Sequence[str]) -> np.ndarray:
+        """See `Columns.lengths`."""
+        return np.concatenate([part.lengths(names) for part in self._parts])
+
+    def gather(self, name: str, rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """See `Column.gather`."""
+        ends = np.cumsum(lengths)
+        parts = np.searchsorted(self._starts, rows, side="right") - 1
+        gathered: np.ndarray | None = None
+        for number, part in enumerate(self._parts):
+            own = np.flatnonzero(parts == number)
+            found = part.gather(name, rows[own] - self._starts[number], begins[own], lengths[own])
+            if gathered is None:
+                gathered = np.empty((lengths.sum(), *found.shape[1:]), found.dtype)
+            sizes = lengths[own]
+            places = np.repeat((ends - lengths)[own] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+            gathered[places] = found
+        assert gathered is not None
+        return gathered
+
+
 def of_rows(rows: Sequence[Example]) -> Columns:
     """Return rows as columns: numbers and sequences of them as arrays, all else as it is."""
     names = dict.fromkeys(name for row in rows for name in row)

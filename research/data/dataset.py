@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from research.data import batching, packing, prepared
+from research.data import batching, columns, packing, prepared
+from research.data.mixture import Joined
 from research.data.reading import Batches
 from research.errors import UserError, nearest
 from research.task import Spec
@@ -114,7 +115,17 @@ class Dataset:
     @functools.cached_property
     def size(self) -> int:
         """The number of rows in an epoch; estimated from a sample where rows are packed."""
-        return round(len(self._rows) * self._packed_rows) if self.pack else len(self._rows)
+        count = len(self._rows) if self.mixture is None else len(self.mixture)
+        return round(count * self._packed_rows) if self.pack else count
+
+    @functools.cached_property
+    def mixture(self) -> Joined | None:
+        """The rows of several sources, mixed as the sources are; None of a single one."""
+        return self.source.resized([len(part) for part in self._parts]) if isinstance(self.source, Joined) else None
+
+    @property
+    def _ordered(self) -> bool:
+        return getattr(self.source, "ordered", False)
 
     @functools.cached_property
     def spec(self) -> Spec:
@@ -144,6 +155,8 @@ class Dataset:
 
         All processes get the same number of batches; padding rows have mask 0.
         """
+        if self._ordered:
+            raise UserError("data.source: a mixture with weights has no end; evaluate one without weights")
         return Batches(self._plan(train=False).batches, self._read)
 
     def rows(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
@@ -176,7 +189,15 @@ class Dataset:
             packed=bool(self.pack),
             seed=self.seed,
             train=train,
+            order=self._mixed if self._ordered else None,
         )
+
+    def _mixed(self, positions: np.ndarray) -> np.ndarray:
+        """Return the rows [N] of a mixture with weights at positions [N]."""
+        assert self.mixture is not None
+        sources, rows = self.mixture.locate(positions)
+        starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        return starts[sources] + rows
 
     def _check_features(self) -> None:
         """Raise UserError if the first row lacks a feature."""
@@ -299,13 +320,19 @@ class Dataset:
         return first if hasattr(first, "extents") else None
 
     @functools.cached_property
-    def _rows(self) -> prepared.Rows:
-        """What the ops that draw nothing make of the source."""
+    def _parts(self) -> list[prepared.Rows]:
+        """What the ops that draw nothing make of each source."""
         keep = None if self._stages[1] else [n for n in self.features if not (self.pack and n in packing.MADE)]
-        rows = prepared.rows(self.source, self._stages[0], keep, lengths=bool(self.padding))
-        if len(self.source) and not len(rows):
+        sources = list(self.source.sources.values()) if isinstance(self.source, Joined) else [self.source]
+        parts = [prepared.rows(source, self._stages[0], keep, lengths=bool(self.padding)) for source in sources]
+        if len(self.source) and not all(map(len, parts)):
             raise UserError(f"config.data.ops: they drop all of {len(self.source)} examples")
-        return rows
+        return parts
+
+    @functools.cached_property
+    def _rows(self) -> prepared.Rows:
+        """The rows of all sources."""
+        return columns.Joined(self._parts) if len(self._parts) > 1 else self._parts[0]
 
     @functools.cached_property
     def _measured(self) -> np.ndarray:
@@ -317,7 +344,8 @@ class Dataset:
     def _packed_rows(self) -> float:
         """How many packed rows a row that is prepared takes."""
         count = min(len(self._rows), SAMPLE)
-        chosen = np.random.default_rng(self.seed).permutation(len(self._rows))[:count]
+        some = np.random.default_rng(self.seed).permutation(len(self._rows))[:count]
+        chosen = self._mixed(np.arange(count)) if self._ordered else some
         pieces = packing.assign(self._extents(chosen, np.arange(count)), self._room)
         return max(pieces.count, 1) / max(count, 1)
 

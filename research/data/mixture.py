@@ -8,8 +8,8 @@ asked for at any time, in any order and by any process.
 
 It is therefore in order already (`ordered`): a reader takes the positions 0, 1, 2, ... and may reorder those that it
 has taken, as windows sorted by length do, but must neither permute positions across windows, which would blur the
-proportions and move examples over a change of the weights, nor begin again at `len`. Whoever does shuffle one epoch
-and repeat it still gets the proportions on average, but the same examples of a source in each epoch.
+proportions and move examples over a change of the weights, nor begin again at `len`. Where examples become several
+rows, the dataset mixes rows in this way, so that weights are shares of rows.
 
 Weights may change when a run is resumed, from a step on that it has not passed: the positions before stay what they
 were. Where the change falls into a window of batches of which the run has had a part, the window is cut anew, so that
@@ -17,6 +17,7 @@ some of its examples come twice and some not at all; `from_step` at the beginnin
 """
 
 import bisect
+import copy
 import dataclasses
 import functools
 import itertools
@@ -77,6 +78,12 @@ class Joined:
         ends = np.cumsum(self._lengths)
         found = np.searchsorted(ends, at, side="right")
         return found, at - (ends - self._lengths)[found]
+
+    def resized(self, lengths: Sequence[int]) -> "Joined":
+        """Return the same mixture of sources of other lengths, to be located and not read."""
+        made = copy.copy(self)
+        vars(made)["_lengths"] = np.array(lengths, np.int64)  # the cached property
+        return made
 
     def epochs(self, position: int) -> dict[str, float]:
         """Return how often each source has been seen when an endless reader has come to a position."""

@@ -1,5 +1,6 @@
 """Mixtures: exact proportions at any position, each source's own epochs, and weights that change."""
 
+import itertools
 import json
 import pickle
 
@@ -10,6 +11,7 @@ from configs.pretrain_text import get_config
 from research import train
 from research.build import build
 from research.configuration import trust
+from research.data.dataset import Dataset
 from research.data.mixture import permuted
 from research.data.source import examples, mixture
 from research.errors import UserError
@@ -172,3 +174,60 @@ def test_a_run_on_a_mixture_logs_epochs_of_each_source(tmp_path, monkeypatch):
     (last,) = (row for row in rows if row["step"] == 4 and "train/loss" in row)
     assert 8 < last["train/source_examples"] < 4 * len(mixed)
     assert {name: last[f"train/epochs/{name}"] for name in records} == mixed.epochs(last["train/source_examples"])
+
+
+def rows_of(name, count, length=1):
+    return examples([{"input_ids": np.full(length, i, np.int32), "kind": np.int32(name)} for i in range(count)])
+
+
+def halves(example):
+    """Makes two rows of an example."""
+    return [example | {"half": np.int32(i)} for i in range(2)]
+
+
+def shuffled(weights, ops=(), seed=0, **fields):
+    sources = {"a": rows_of(0, 30), "b": rows_of(1, 12)}
+    mixed = mixture(sources, weights, seed=3)
+    return Dataset(mixed, ("input_ids", "kind"), (one_token, *ops), batch_size=6, seed=seed, **fields)
+
+
+def one_token(example):
+    return example
+
+
+one_token.padding, one_token.max_length = {"input_ids": 0}, 4
+
+
+@pytest.mark.parametrize("ops", [(), (halves,)])
+def test_training_takes_a_mixture_in_its_order(ops):
+    batches = list(itertools.islice(shuffled({"a": 1, "b": 2}, ops, window=2).batches(), 40))
+    kinds = np.array([batch["kind"] for batch in batches])
+    assert (np.abs(kinds.reshape(20, 12).sum(axis=1) - 8) <= 1).all()  # 2 of 3 in every window
+    seen = [int(i) for batch in batches for i in batch["input_ids"][batch["kind"] == 1, 0]]
+    rows = 12 * (1 + len(ops))
+    assert sorted(seen[:rows]) == sorted(list(range(12)) * (1 + len(ops)))  # whole epochs of the smaller source
+    assert len(seen) > 5 * rows
+
+
+def test_weights_that_change_act_in_training():
+    phases = [{"from_step": 0, "weights": {"a": 1}}, {"from_step": 6, "weights": {"a": 1, "b": 1}}]
+    sources = {"a": rows_of(0, 30), "b": rows_of(1, 12)}
+    mixed = mixture(sources, phases, examples_per_step=6)
+    batches = Dataset(mixed, ("input_ids", "kind"), (one_token,), batch_size=6, window=2).batches()
+    shares = [next(batches)["kind"].mean() for _ in range(20)]
+    assert not any(shares[:6])
+    assert np.mean(shares[6:]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_mixture_is_evaluated_without_weights():
+    with pytest.raises(UserError, match="a mixture with weights has no end"):
+        shuffled({"a": 1, "b": 2}).epoch()
+    batches = list(shuffled(()).epoch())
+    assert sum(batch["mask"].sum() for batch in batches) == 42
+
+
+def test_packed_documents_of_a_mixture():
+    sources = {"a": rows_of(0, 30, length=9), "b": rows_of(1, 12, length=5)}
+    dataset = Dataset(mixture(sources), ("input_ids", "attention_mask"), (one_token,), batch_size=2, pack=16)
+    tokens = [int(t) for batch in dataset.epoch() for t in batch["input_ids"][batch["attention_mask"] > 0]]
+    assert sorted(tokens) == sorted([i for i in range(30) for _ in range(9)] + [i for i in range(12) for _ in range(5)])
