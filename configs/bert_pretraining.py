@@ -55,6 +55,8 @@ def data(dataset: str, split: str, max_length: int, share: float = 0.15) -> dict
 
 def large(config: ConfigDict) -> ConfigDict:
     config.task.model.encoder.update(hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096)
+    config.task.model.encoder.remat = "attention"
+    config.mesh = dict(data=1, fsdp=-1, model=1)
     return config
 
 

@@ -14,7 +14,8 @@ English (Raffel 2019, section 2.2), on which losses are others. TFDS prepares C4
 
 Not run here. 600,000 steps are 295 billion tokens, about twice C4's English; at 6 operations a parameter and token that
 is 2.2e20 (6.3e20, 1.4e21, 2.8e21) floating-point operations: 3 (8, 18, 37) days of 8 A100 at 35 % of their peak of
-312e12 a second. The 5 microbatches are for 40 GB each; large and xl compute activations again in the backward pass.
+312e12 a second. The 5 microbatches are for 40 GB each; larger sizes split their parameters over all
+devices, and large and xl compute activations again in the backward pass.
 """
 
 import functools
@@ -82,6 +83,8 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
         hidden_size=width, num_layers=layers, num_heads=heads, intermediate_size=4 * width, remat=remat
     )
     config.optimizer.learning_rate = learning_rate
+    if size != "small":
+        config.mesh = dict(data=1, fsdp=-1, model=1)
     return config
 
 

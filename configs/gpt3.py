@@ -89,11 +89,14 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     if width >= 2048:
         config.mesh = dict(data=1, fsdp=-1, model=1)
         config.task.model.remat = "full"
+    if size == "125M":
+        config.optimizer.microbatches = 4  # for the 16 GB of its slice's chips
     return config
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
     config = sized(config, "125M")
+    config.optimizer.microbatches = 1
     config.task.model.update(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=32)
     config.task.model.dtype = "float32"
     return tiny_documents(config, length=32)
