@@ -27,7 +27,10 @@ MOVES = ("all-gather", "all-to-all", "collective-permute")
 
 
 def compiled(name: str, axis: str) -> dict:
-    """Return the shapes that the compiled step of a config moves over four devices, and those of its parameters."""
+    """Return the shapes that the compiled step of a config moves over four devices, and those of its parameters.
+
+    And "temporaries", their bytes on a device. The axis "none" compiles for one of the devices.
+    """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -36,20 +39,22 @@ def compiled(name: str, axis: str) -> dict:
     from research.experiment import Experiment
 
     config = overrides.load(str(CONFIGS / name))
-    config.mesh = {"data": 1, "fsdp": 1, "model": 1} | {axis: 4}
+    config.mesh = {"data": 1, "fsdp": 1, "model": 1} | ({axis: 4} if axis in ("data", "fsdp") else {})
     config.batch_size = 12  # is no other size in these models
     with config.unlocked():
         config.plan = {"vocab_size": 300}
-    experiment = Experiment(config, assumed=plan.assume(config))
+    experiment = Experiment(config, assumed=plan.assume(config), devices=jax.devices()[: 1 if axis == "none" else 4])
     rows = NamedSharding(experiment.mesh, PartitionSpec(("data", "fsdp")))
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in experiment.spec.items()}
-    text = train.jit_step(experiment).lower(experiment.abstract_state, batch).compile().as_text()
+    step = train.jit_step(experiment).lower(experiment.abstract_state, batch).compile()
+    text = step.as_text()
     found = {}
     for move in MOVES:
         results = re.findall(rf"= (.*?) {move}(?:-start)?\(", text)
         shapes = [shape for result in results for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
         found[move] = [[int(n) for n in shape.split(",") if n] for shape in shapes]
-    return found | {"parameters": [x.shape for x in jax.tree.leaves(experiment.abstract_state.params)]}
+    found["parameters"] = [x.shape for x in jax.tree.leaves(experiment.abstract_state.params)]
+    return found | {"temporaries": step.memory_analysis().temp_size_in_bytes}
 
 
 def on_four_devices(*arguments: str) -> dict:
@@ -76,6 +81,8 @@ def test_fully_sharded_devices_gather_parameters_alone(name):
     sizes = {math.prod(part) for shape in moves["parameters"] for part in (shape, shape[1:])} | {12 * 32}
     assert moves["all-gather"]
     assert [shape for shape in moves["all-gather"] if math.prod(shape) not in sizes] == []
+    # A device holds the activations of its own quarter of the batch, and one layer's parameters at a time.
+    assert moves["temporaries"] < 0.5 * on_four_devices("none", name)[name]["temporaries"]
 
 
 if __name__ == "__main__":
