@@ -7,6 +7,8 @@ Modes:
   generate   text: what follows --prompt, as it is written, or JSON lines as in predict; --config.decoding says how.
              images, of a diffusion run: a PNG file; --config.task.sampling and --config.seed say how
   export     a folder that Hugging Face's from_pretrained loads (--output)
+  prepare    the data of --config, into the cache, ahead of a run: tokenised and measured; several processes that are
+             started at once, on one machine or on several with one cache, share the work; needs no --workdir
   plan       what --config needs on --topology: memory, operations, hours; reads no data, and needs no --workdir
 
 Flags:
@@ -57,6 +59,7 @@ MODES = {
     "predict": ("checkpoint", "input", "output"),
     "generate": ("checkpoint", "prompt", "input", "output"),
     "export": ("checkpoint", "output"),
+    "prepare": (),
     "plan": ("topology", "output", "utilisation", "price"),
 }
 OWN = ("checkpoint", "prompt", "input", "output", "topology", "utilisation", "price", "profile_steps")  # of some modes
@@ -103,7 +106,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{name}: --mode={flags.mode} takes no such flag")
     for name in ("utilisation", "price"):
         _check_number(name, getattr(flags, name))
-    if not flags.workdir and flags.mode != "plan":
+    if not flags.workdir and flags.mode not in ("plan", "prepare"):
         raise UserError("--workdir: say which folder holds, or will hold, the run")
     if not flags.config and (flags.mode == "train" or not flags.workdir):
         raise UserError(f"--config: say which config file to {flags.mode}, such as --config=configs/movie_snippets.py")

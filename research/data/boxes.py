@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from research.data import image
-from research.data.dataset import Example, with_rng
+from research.data.dataset import Example
+from research.data.prepared import with_rng
 from research.data.source import Source
 from research.errors import UserError, nearest
 

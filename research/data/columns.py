@@ -12,7 +12,10 @@ Example = dict[str, Any]
 
 
 class _Missing:
-    """What stands for a value in the rows that have none."""
+    """The type of MISSING."""
+
+
+MISSING = _Missing()  # stands for a value in the rows that have none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Columns:
     def __getitem__(self, index: int) -> Example:
         """Return one row."""
         values = ((name, column[index]) for name, column in self.columns.items())
-        return {name: value for name, value in values if value is not _Missing}
+        return {name: value for name, value in values if value is not MISSING}
 
     def gather(self, name: str, rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return values of a sequence as `Column.gather` does; raise UserError if the rows hold none of that name."""
@@ -77,7 +80,7 @@ class Columns:
             if isinstance(column, Column):
                 found = None if column.offsets is None else np.diff(column.offsets)
             else:
-                found = np.array([0 if value is _Missing else len(value) for value in column], np.int64)
+                found = np.array([0 if value is MISSING else len(value) for value in column], np.int64)
             longest = longest if found is None else np.maximum(longest, found)
         return longest
 
@@ -106,29 +109,27 @@ class Joined:
 
     def gather(self, name: str, rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """See `Column.gather`."""
-        ends = np.cumsum(lengths)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
-        gathered: np.ndarray | None = None
-        for number, part in enumerate(self._parts):
-            own = np.flatnonzero(parts == number)
-            found = part.gather(name, rows[own] - self._starts[number], begins[own], lengths[own])
-            if gathered is None:
-                gathered = np.empty((lengths.sum(), *found.shape[1:]), found.dtype)
-            sizes = lengths[own]
-            places = np.repeat((ends - lengths)[own] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
-            gathered[places] = found
-        assert gathered is not None
+        order = np.argsort(parts, kind="stable")
+        numbers, begin = np.unique(parts[order], return_index=True)
+        found = []
+        for number, own in zip(numbers.tolist(), np.split(order, begin[1:])):
+            found.append(self._parts[number].gather(name, rows[own] - self._starts[number], begins[own], lengths[own]))
+        values = np.concatenate(found or [self._parts[0].gather(name, rows, begins, lengths)])
+        gathered, sizes = np.empty_like(values), lengths[order]
+        places = (np.cumsum(lengths) - lengths)[order] - (np.cumsum(sizes) - sizes)  # less where they stand now
+        gathered[np.arange(len(values)) + np.repeat(places, sizes)] = values
         return gathered
 
 
 def of_rows(rows: Sequence[Example]) -> Columns:
     """Return rows as columns: numbers and sequences of them as arrays, all else as it is."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return Columns({name: _column([row.get(name, _Missing) for row in rows]) for name in names}, len(rows))
+    return Columns({name: _column([row.get(name, MISSING) for row in rows]) for name in names}, len(rows))
 
 
 def _column(values: list[Any]) -> Column | list[Any]:
-    if any(isinstance(value, str | bytes | Mapping) or value is _Missing or value is None for value in values):
+    if any(isinstance(value, str | bytes | Mapping) or value is MISSING or value is None for value in values):
         return values
     try:
         arrays = [np.asarray(value) for value in values]

@@ -7,23 +7,25 @@ function of the seed and i, whatever the number of processes, and a run resumes 
 
 import dataclasses
 import functools
-import inspect
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from research.data import batching, columns, packing, prepared
+from research.data import batching, columns, packing, prepared, preparing
 from research.data.mixture import Joined
-from research.data.reading import Batches
+from research.data.reading import Batches, Pool
 from research.errors import UserError, nearest
 from research.task import Spec
 
 Example = dict[str, Any]
-Call = Callable[[Example, np.random.Generator], Any]
 SAMPLE = 4096  # maximum number of rows from which lengths are estimated
+MEASURED = 4  # rows that are made to see what they cost
+HEAVY = 0.1  # seconds of making a batch from which processes of their own do
+MOST_WORKERS = 16
 
 
 class Source(Protocol):
@@ -49,7 +51,7 @@ class Dataset:
         whenever a row is read, with a numpy Generator that is a function of (seed, position). They make one row of
         one, and no sequence longer or shorter. An op that does either has instead `prepare`, the part of it that draws
         nothing; `draw`, of what that makes; `prepared`, the name of a sequence that it makes; and `extents`, which
-        says of its length and a generator how long both sides will be.
+        says of its length, and a generator where that is drawn too, how long both sides will be.
         One with `padding` makes sequences: {feature: fill value}. Its `max_length` is their maximum length; for
         those on the decoder's side its `decoder_max_length` comes first. The last op that makes a feature counts.
       batch_size: the global batch size.
@@ -63,9 +65,11 @@ class Dataset:
         features may then hold `attention_mask` (1, 2, ... at the documents of a row, 0 where it is empty) and
         `positions` (from 0 in each document), and `decoder_attention_mask` and `decoder_positions`.
       pack_decoder: the decoder length of packed rows; documents with two sides are not split.
+      workers: processes that read batches; 0 leaves that to threads of this one. None takes as many as there are cores
+        where ops that are applied to every row are heavy, as images' are, and else 0. The batches are the same.
     """
 
-    source: Source = dataclasses.field(repr=False)  # Grain names its steps by their repr, which would write out a list
+    source: Source = dataclasses.field(repr=False)
     features: tuple[str, ...]
     ops: tuple[Callable[..., Any], ...] = ()
     batch_size: int = 32
@@ -75,8 +79,11 @@ class Dataset:
     decoder_length_buckets: int | tuple[int, ...] = 3
     pack: int = 0
     pack_decoder: int = 0
+    workers: int | None = None
 
     def __post_init__(self):
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"workers: {self.workers} is less than 0")
         for name in ("pack", "pack_decoder"):
             if (value := getattr(self, name)) != 0 and value < 2:
                 raise UserError(f"{name}: {value} is too short for a row; rows need at least 2 tokens (0: no packing)")
@@ -139,7 +146,11 @@ class Dataset:
 
     def transform(self, example: Example, rng: np.random.Generator | None = None) -> list[Example]:
         """Return the examples that the ops make of one example, each op applied to all outputs of the one before."""
-        return prepared.apply([with_rng(op) for op in self.ops], example, rng or np.random.default_rng(0))
+        return prepared.apply(self._calls, example, rng)
+
+    def prepare(self) -> int:
+        """Prepare ahead of a run, make anew what is damaged, and return the number of rows."""
+        return sum(map(len, self._prepared(whole=True)))
 
     def batches(self) -> Batches:
         """Return this process's share of an endless stream of training batches, reshuffled every epoch.
@@ -148,7 +159,7 @@ class Dataset:
         """
         if len(self.source) == 0:
             raise UserError("config.data: the training data contain no examples")
-        return Batches(self._plan(train=True).batches, self._read)
+        return self._iterate(train=True)
 
     def epoch(self) -> Iterator[dict[str, np.ndarray]]:
         """Return this process's share of the batches of one epoch, which hold every example exactly once.
@@ -157,7 +168,7 @@ class Dataset:
         """
         if self._ordered:
             raise UserError("data.source: a mixture with weights has no end; evaluate one without weights")
-        return Batches(self._plan(train=False).batches, self._read)
+        return self._iterate(train=False)
 
     def rows(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Yield batches of given examples, in order and not packed together (one process only).
@@ -172,6 +183,37 @@ class Dataset:
             else:
                 batch = self._collate(rows, self._bucket(rows), partial=True)
             yield [i for i, _ in part], batch
+
+    def _iterate(self, train: bool) -> Batches:
+        plan = self._plan(train)
+        read = functools.partial(self._read, size=self.batch_size // jax.process_count())
+        return Batches(plan.batches, self._share, read, self._pool)
+
+    @functools.cached_property
+    def _pool(self) -> Pool | None:
+        """The processes that read, started once for all iterators; None where threads do."""
+        size = self.batch_size // jax.process_count()
+        count = self._needed_workers(size) if self.workers is None else self.workers
+        return Pool(functools.partial(self._read, size=size), count) if count else None
+
+    def _needed_workers(self, size: int) -> int:
+        """Return how many processes should read: none where a few rows say that a batch takes little time to make."""
+        cores = preparing.cores()
+        if cores == 1 or not (self._stages[1] or isinstance(self._rows, prepared.Unprepared)):
+            return 0
+        count = min(len(self._rows), MEASURED)
+        rows = np.arange(count)
+        few = batching.Batch(rows, rows, self._extents(rows, rows), ())
+        _ = self._drawn(few.part(0, 1))  # the first time is another
+        begin = time.perf_counter()
+        _ = self._drawn(few)
+        seconds = (time.perf_counter() - begin) / max(count, 1) * size
+        return min(cores, MOST_WORKERS) if seconds > HEAVY else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a process that reads needs: the fields, and the rows that are prepared."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return kept | ({"_parts": self._parts} if "_parts" in vars(self) else {})
 
     def _plan(self, train: bool) -> batching.Plan:
         _ = self._limits  # raises where a side has none
@@ -206,18 +248,20 @@ class Dataset:
             if name not in row and not (self.pack and name in packing.MADE):
                 raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, row)}")
 
-    def _read(self, batch: batching.Batch) -> dict[str, np.ndarray]:
-        """Return this process's rows of a batch."""
+    def _share(self, batch: batching.Batch) -> tuple[batching.Batch, batching.Batch]:
+        """Return this process's part of a batch, and the first row, of which padding rows have the shapes."""
         size = self.batch_size // jax.process_count()
         begin = jax.process_index() * size
-        own = batch.part(begin, begin + size)
+        return batch.part(begin, begin + size), batch.part(0, 1)
+
+    def _read(self, own: batching.Batch, first: batching.Batch, size: int) -> dict[str, np.ndarray]:
+        """Return `size` rows, those of `own` and padding."""
         if own.pieces is not None:
             return self._laid(own, size)
         rows = [row | {"mask": np.float32(1)} for row in self._drawn(own)]
         if len(rows) < size:
-            (first,) = self._drawn(batch.part(0, 1))  # the same in every process
-            rows += [self._filler(first)] * (size - len(rows))
-        lengths = {name: length for side, length in zip(self._sides, batch.lengths) for name in side}
+            rows += [self._filler(self._drawn(first)[0])] * (size - len(rows))
+        lengths = {name: length for side, length in zip(self._sides, own.lengths) for name in side}
         return self._collate(rows, lengths)
 
     def _laid(self, batch: batching.Batch, size: int) -> dict[str, np.ndarray]:
@@ -247,9 +291,10 @@ class Dataset:
                         "`prepare`, which draws nothing, and `draw`"
                     )
             if self._stages[1] and list(found := self._extent(example)) != planned:
+                found_planned = (" and ".join(map(str, lengths)) for lengths in (found, planned))
                 raise UserError(
-                    f"config.data.ops: a row has {found} tokens, and {tuple(planned)} were planned; an op that draws "
-                    "lengths says them by `extents`"
+                    "config.data.ops: a row has {} tokens, and {} were planned; an op that draws lengths says them by "
+                    "`extents`".format(*found_planned)
                 )
             drawn.append(example)
         return drawn
@@ -258,9 +303,13 @@ class Dataset:
         """Return the lengths [S, N] that rows [N] have at positions [N]."""
         if (op := self._splitter) is None:
             return np.stack([side[rows] for side in self._measured]) if self._sides else np.zeros((0, len(rows)), int)
-        lengths = self._measured[0][rows].tolist()
-        generators = (np.random.default_rng((self.seed, position, 0)) for position in positions.tolist())
-        both = np.array([op.extents(length, rng) for length, rng in zip(lengths, generators)], np.int64)
+        lengths = self._measured[0][rows]
+        if prepared.draws(op.extents):
+            drawn = (np.random.default_rng((self.seed, position, 0)) for position in positions.tolist())
+            both = np.array([op.extents(length, rng) for length, rng in zip(lengths.tolist(), drawn)], np.int64)
+        else:
+            distinct, places = np.unique(lengths, return_inverse=True)
+            both = np.array([op.extents(length) for length in distinct.tolist()], np.int64)[places]
         return both.reshape(-1, 2).T[: len(self._sides)]
 
     def _filler(self, row: Example) -> Example:
@@ -305,26 +354,38 @@ class Dataset:
         return np.pad(array, widths, constant_values=self.padding[name])
 
     @functools.cached_property
-    def _stages(self) -> tuple[list[Call], list[Call]]:
-        """The ops that draw nothing, and those from the first one on that draws."""
-        first = next((i for i, op in enumerate(self.ops) if _draws(op)), len(self.ops))
+    def _stages(self) -> tuple[list[Callable[..., Any]], list[prepared.Call]]:
+        """The ops that draw nothing, and calls of those from the first one on that draws."""
+        first = next((i for i, op in enumerate(self.ops) if prepared.draws(op)), len(self.ops))
         fixed, drawing = list(self.ops[:first]), list(self.ops[first:])
         if self._splitter is not None:
             fixed, drawing = [*fixed, self._splitter.prepare], [self._splitter.draw, *drawing[1:]]
-        return [with_rng(op) for op in fixed], [with_rng(op) for op in drawing]
+        return fixed, [prepared.with_rng(op) for op in drawing]
+
+    @functools.cached_property
+    def _calls(self) -> list[prepared.Call]:
+        """All ops."""
+        return [prepared.with_rng(op) for op in self.ops]
 
     @functools.cached_property
     def _splitter(self) -> Any:
         """The first op that draws if it makes lists or lengths, else None."""
-        first = next((op for op in self.ops if _draws(op)), None)
+        first = next((op for op in self.ops if prepared.draws(op)), None)
         return first if hasattr(first, "extents") else None
 
     @functools.cached_property
     def _parts(self) -> list[prepared.Rows]:
         """What the ops that draw nothing make of each source."""
-        keep = None if self._stages[1] else [n for n in self.features if not (self.pack and n in packing.MADE)]
-        sources = list(self.source.sources.values()) if isinstance(self.source, Joined) else [self.source]
-        parts = [prepared.rows(source, self._stages[0], keep, lengths=bool(self.padding)) for source in sources]
+        return self._prepared(whole=False)
+
+    def _prepared(self, whole: bool) -> list[prepared.Rows]:
+        (fixed, drawing), made = self._stages, packing.MADE if self.pack else ()
+        features = [name for name in self.features if name not in made]
+        sources = self.source.sources if isinstance(self.source, Joined) else {"the data": self.source}
+        of_one = functools.partial(
+            prepared.rows, ops=fixed, features=features, drawn=bool(drawing), lengths=bool(self.padding), whole=whole
+        )
+        parts = [of_one(source, name=name) for name, source in sources.items()]
         if len(self.source) and not all(map(len, parts)):
             raise UserError(f"config.data.ops: they drop all of {len(self.source)} examples")
         return parts
@@ -399,17 +460,6 @@ class Dataset:
             return tuple(sorted(wanted))
         count = len(self._rows) if self._splitter is None else min(len(self._rows), SAMPLE)
         return batching.best_lengths(self._extents(np.arange(count), np.arange(count))[side], wanted, longest)
-
-
-def _draws(op: Callable[..., Any]) -> bool:
-    return "rng" in inspect.signature(op).parameters
-
-
-def with_rng(op: Callable[..., Any]) -> Callable[[Example, np.random.Generator], Any]:
-    """Return a function that calls an op with a generator if it takes one."""
-    if _draws(op):
-        return lambda example, rng: op(example, rng=rng)
-    return lambda example, rng: op(example)
 
 
 def _stack(arrays: Sequence[np.ndarray], name: str) -> np.ndarray:

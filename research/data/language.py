@@ -8,12 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from research.data.spans import (
+    PIECE,
+    corrupted_lengths,
+    corrupted_sides,
+    noise_counts,
+    partition,
+    pieces,
+    without_piece,
+)
 from research.data.text import text_of
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 
 Example = dict[str, Any]
-PIECE = "piece"  # tokens of a document, of which an op that draws makes both sides
 
 
 class Texts:
@@ -242,7 +250,7 @@ class SpanCorruption:
         self.field, self.max_length = field, max_length
         self._eos = _token(tokenizer.eos_id, "the tokenizer has no eos token")
         self._sentinels = np.array(tokenizer.sentinels, np.int32)
-        _, spans = _noise_counts(self.length, *self._noise)
+        _, spans = noise_counts(self.length, *self._noise)
         if len(self._sentinels) < spans:
             raise UserError(
                 f"max_length: {max_length} asks for {spans} tokens <extra_id_i>, the tokenizer has "
@@ -259,23 +267,21 @@ class SpanCorruption:
     def prepare(self, example: Example) -> list[Example]:
         """Return the pieces of one document, whose tokens are its `piece`."""
         ids = np.array(self._backend.encode(text_of(example, self.field), add_special_tokens=False).ids, np.int32)
-        return _pieces(example, ids, self.length)
+        return pieces(example, ids, self.length)
 
     def draw(self, example: Example, rng: np.random.Generator) -> Example:
         """Return a piece, corrupted."""
-        return _without_piece(example) | self._corrupt(example[PIECE], rng)
+        return without_piece(example) | self._corrupt(example[PIECE], rng)
 
-    def extents(self, length: int, rng: np.random.Generator) -> tuple[int, int]:
+    def extents(self, length: int) -> tuple[int, int]:
         """Return how long the input and the target of a piece of `length` tokens are."""
-        del rng
-        noise, spans = _noise_counts(length, *self._noise)
-        return length - noise + spans + 1, noise + spans + 1
+        return corrupted_sides(length, *self._noise)
 
     def _corrupt(self, ids: np.ndarray, rng: np.random.Generator) -> Example:
-        noise, spans = _noise_counts(len(ids), *self._noise)
+        noise, spans = noise_counts(len(ids), *self._noise)
         lengths = np.empty(2 * spans, np.int64)
-        lengths[::2] = _partition(len(ids) - noise, spans, rng)  # text and spans take turns; text begins
-        lengths[1::2] = _partition(noise, spans, rng)
+        lengths[::2] = partition(len(ids) - noise, spans, rng)  # text and spans take turns; text begins
+        lengths[1::2] = partition(noise, spans, rng)
         parts = np.split(ids, np.cumsum(lengths)[:-1])
         sentinels = [self._sentinels[i : i + 1] for i in range(spans)]
         end = np.array([self._eos], np.int32)
@@ -321,14 +327,14 @@ class PrefixLM:
     def prepare(self, example: Example) -> list[Example]:
         """Return the pieces of one document, whose tokens are its `piece`."""
         ids = np.array(self._backend.encode(text_of(example, self.field), add_special_tokens=False).ids, np.int32)
-        return _pieces(example, ids, self.max_length)
+        return pieces(example, ids, self.max_length)
 
     def draw(self, example: Example, rng: np.random.Generator) -> Example:
         """Return a piece, split in two."""
         piece = example[PIECE]
         split = int(rng.integers(1, len(piece)))
         sides = [np.array([*side, self._eos], np.int32) for side in (piece[:split], piece[split:])]
-        return _without_piece(example) | self._sides.encoder(sides[0]) | self._sides.decoder(sides[1])
+        return without_piece(example) | self._sides.encoder(sides[0]) | self._sides.decoder(sides[1])
 
     def extents(self, length: int, rng: np.random.Generator) -> tuple[int, int]:
         """Return how long both sides of a piece of `length` tokens are, drawn as `draw` does."""
@@ -415,25 +421,6 @@ class _Sides:
         }
 
 
-def corrupted_lengths(max_length: int, noise_density: float = 0.15, mean_span_length: float = 3.0) -> tuple[int, int]:
-    """Return how many tokens of text become an input of at most `max_length`, and the length of the target then.
-
-    Raises:
-      UserError: not even two tokens fit.
-    """
-
-    def sides(length: int) -> tuple[int, int]:
-        noise, spans = _noise_counts(length, noise_density, mean_span_length)
-        return length - noise + spans + 1, noise + spans + 1  # with eos
-
-    length = 1
-    while sides(length + 1)[0] <= max_length:
-        length += 1
-    if length < 2:
-        raise UserError(f"max_length: {max_length} has no room for two tokens, a span's <extra_id> and eos")
-    return length, sides(length)[1]
-
-
 def token_bytes(text: str, offsets: np.ndarray) -> np.ndarray:
     """Return how many bytes of UTF-8 each token stands for, int32 [T]; together as many as the text has.
 
@@ -451,28 +438,6 @@ def token_bytes(text: str, offsets: np.ndarray) -> np.ndarray:
     rank = np.arange(len(ends)) - np.repeat(first, counts)
     share, rest = np.divmod(groups, counts)
     return (np.repeat(share, counts) + (rank < np.repeat(rest, counts))).astype(np.int32)
-
-
-def _noise_counts(length: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
-    """Return how many of `length` > 1 tokens are taken out, and in how many spans."""
-    noise = min(max(round(length * noise_density), 1), max(length - 1, 1))
-    return noise, min(max(round(noise / mean_span_length), 1), noise, max(length - noise, 1))
-
-
-def _pieces(example: Example, ids: np.ndarray, length: int) -> list[Example]:
-    """Return the pieces of a document, but for a last one of a single token."""
-    pieces = (ids[start : start + length] for start in range(0, len(ids), length))
-    return [example | {PIECE: piece} for piece in pieces if len(piece) > 1]
-
-
-def _without_piece(example: Example) -> Example:
-    return {name: value for name, value in example.items() if name != PIECE}
-
-
-def _partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Return `parts` lengths, each at least 1, with the sum `total`; all ways are as likely."""
-    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff(cuts, prepend=0, append=total)
 
 
 def _token(id: int | None, problem: str) -> int:

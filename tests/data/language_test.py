@@ -6,6 +6,7 @@ import pytest
 
 from research.data import language, tokenizer, tokenizer_training
 from research.data.source import examples
+from research.data.spans import noise_counts
 from research.errors import UserError
 
 DOCUMENTS = [
@@ -284,8 +285,8 @@ def test_lengths_are_those_of_t5():
     for density, span in ((0.15, 3.0), (0.5, 3.0), (0.15, 8.0), (0.5, 1.0)):
         for max_length in (8, 64, 511):
             length, _ = language.corrupted_lengths(max_length, density, span)
-            noise, spans = language._noise_counts(length, density, span)
-            more, more_spans = language._noise_counts(length + 1, density, span)
+            noise, spans = noise_counts(length, density, span)
+            more, more_spans = noise_counts(length + 1, density, span)
             assert length - noise + spans + 1 <= max_length < length + 1 - more + more_spans + 1
 
 

@@ -1,0 +1,36 @@
+"""Prepares the data of a config ahead of a run: what its ops make of them that draws nothing, in the cache.
+
+Several processes, also on several machines with one cache, share the work when they are started at once.
+"""
+
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from research.data.dataset import Dataset
+from research.experiment import Experiment
+from research.reporting.writers import Progress
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Prepare the data of training and of every evaluation, compare checksums, and make anew what is damaged.
+
+    Args:
+      config: of a run.
+      workdir: the run's folder, whose tokenizer is taken where it is this config's.
+
+    Returns:
+      {"data": rows, "evals.NAME": rows}.
+
+    Raises:
+      UserError: the config or an example is wrong, or the cache cannot be written to.
+    """
+    experiment = Experiment(config, workdir=workdir)
+    found = {"data": experiment.data}
+    for name, evaluator in experiment.evaluators.items():
+        held = (value for value in vars(evaluator).values() if isinstance(value, Dataset))
+        found |= {f"evals.{name}": dataset for dataset in held}
+    rows = {name: dataset.prepare() for name, dataset in found.items()}
+    Progress(0, 0).table("rows that are prepared", rows)
+    return rows
