@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from research.data import batching, columns, packing, prepared, preparing
+from research.data import batching, collating, columns, packing, prepared, preparing
 from research.data.mixture import Joined
 from research.data.reading import Batches, Pool
 from research.errors import UserError, nearest
@@ -141,7 +141,7 @@ class Dataset:
         if (first := next((row for row in rows if not self.pack or any(self._extent(row))), None)) is None:
             raise UserError(f"config.data.ops: they drop all of the first {SAMPLE} examples")
         longest = {name: length for side, length in zip(self._sides, self._limits) for name in side}
-        batch = self._packed([first]) if self.pack else self._collate([first | {"mask": np.float32(1)}], longest)
+        batch = self._packed([first]) if self.pack else self._collated([first | {"mask": np.float32(1)}], longest)
         return {k: jax.ShapeDtypeStruct((self.batch_size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
 
     def transform(self, example: Example, rng: np.random.Generator | None = None) -> list[Example]:
@@ -181,7 +181,7 @@ class Dataset:
             if self.pack:
                 batch = self._packed(rows, apart=True)
             else:
-                batch = self._collate(rows, self._bucket(rows), partial=True)
+                batch = self._collated(rows, self._bucket(rows), partial=True)
             yield [i for i, _ in part], batch
 
     def _iterate(self, train: bool) -> Batches:
@@ -262,7 +262,7 @@ class Dataset:
         if len(rows) < size:
             rows += [self._filler(self._drawn(first)[0])] * (size - len(rows))
         lengths = {name: length for side, length in zip(self._sides, own.lengths) for name in side}
-        return self._collate(rows, lengths)
+        return self._collated(rows, lengths)
 
     def _laid(self, batch: batching.Batch, size: int) -> dict[str, np.ndarray]:
         """Return the rows of a packed batch."""
@@ -272,7 +272,7 @@ class Dataset:
         else:
             values = functools.partial(self._gathered, batch)
         laid = packing.lay(batch.pieces, self._sides, self._room, size, values)
-        return {name: _numbers(value, name) for name, value in laid.items()}
+        return {name: collating.numbers(value, name) for name, value in laid.items()}
 
     def _gathered(self, batch: batching.Batch, name: str, lengths: np.ndarray) -> np.ndarray:
         assert batch.pieces is not None
@@ -324,7 +324,7 @@ class Dataset:
             given = [{n: f for n, f in side.items() if n in packing.MADE or n in examples[0]} for side in sides]
             sides = tuple(side for side in given if side.keys() - packing.MADE)
         packed = packing.pack(examples, sides, self._room, apart)
-        return {name: _numbers(value[:-1], name) for name, value in packed.items()}
+        return {name: collating.numbers(value[:-1], name) for name, value in packed.items()}
 
     def _extent(self, example: Example) -> tuple[int, ...]:
         """Return the length of each side."""
@@ -336,22 +336,10 @@ class Dataset:
         sides = zip(self._sides, self._lengths if self.padding else (), found)
         return {name: batching.bucket(max(side_found), lengths) for side, lengths, side_found in sides for name in side}
 
-    def _collate(
-        self, examples: Sequence[Example], lengths: dict[str, int], partial: bool = False
+    def _collated(
+        self, rows: Sequence[Example], lengths: dict[str, int], partial: bool = False
     ) -> dict[str, np.ndarray]:
-        """Stack examples; sequences are padded to `lengths`. `partial` drops features that an example lacks."""
-        names = [n for n in (*self.features, "mask") if not partial or all(n in example for example in examples)]
-        for name in names:
-            if name not in examples[0]:
-                raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, examples[0])}")
-        return {name: _stack([self._feature(e[name], lengths, name) for e in examples], name) for name in names}
-
-    def _feature(self, value: Any, lengths: dict[str, int], name: str) -> np.ndarray:
-        array = _numbers(value, name)
-        if name not in lengths:
-            return array
-        widths = [(0, lengths[name] - len(array))] + [(0, 0)] * (array.ndim - 1)
-        return np.pad(array, widths, constant_values=self.padding[name])
+        return collating.collate(rows, (*self.features, "mask"), lengths, self.padding, partial)
 
     @functools.cached_property
     def _stages(self) -> tuple[list[Callable[..., Any]], list[prepared.Call]]:
@@ -460,20 +448,3 @@ class Dataset:
             return tuple(sorted(wanted))
         count = len(self._rows) if self._splitter is None else min(len(self._rows), SAMPLE)
         return batching.best_lengths(self._extents(np.arange(count), np.arange(count))[side], wanted, longest)
-
-
-def _stack(arrays: Sequence[np.ndarray], name: str) -> np.ndarray:
-    shapes = sorted({array.shape for array in arrays})
-    if len(shapes) > 1:
-        found = " and ".join(str(list(shape)) for shape in shapes[:2])
-        raise UserError(f"config.data.ops: a batch needs '{name}' of one shape, not of {found}; resize or crop images")
-    return np.stack(arrays)
-
-
-def _numbers(value: Any, name: str) -> np.ndarray:
-    """Return a feature as float32, int32 or bool."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
-        raise UserError(f"config.data.features: '{name}' is {type(value).__name__}, not numbers")
-    kind = np.float32 if array.dtype.kind == "f" else np.int32 if array.dtype.kind in "iu" else bool
-    return array.astype(kind, copy=False)

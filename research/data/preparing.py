@@ -28,6 +28,7 @@ from research.errors import UserError
 
 Example = dict[str, Any]
 EXPIRED, BEAT, POLL, TELL = 60.0, 1.0, 0.2, 10.0  # seconds
+COPIES = 2**33  # bytes of memory that copies of a source may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def prepare(job: Job, workers: int, name: str) -> None:
     with contextlib.ExitStack() as stack:
         if extra := min(workers, len(missing)) - 1:
             payload = cloudpickle.dumps(job)
+            extra = min(extra, COPIES // len(payload))  # each gets a copy of a source that is in memory
             others = [context.Process(target=_help, args=(payload, errors), daemon=True) for _ in range(extra)]
             for other in others:
                 other.start()
