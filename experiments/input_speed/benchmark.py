@@ -92,12 +92,17 @@ def main() -> None:
     size = (folder / "text.txt").stat().st_size / 1e6
     caches = {number: folder / f"cache-{number}" for number in (1, 2)}
     speeds: dict[int, list[float]] = {1: [], 2: []}
+    worked: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(arguments.rounds):
         for number, cache in caches.items():
             shutil.rmtree(cache, ignore_errors=True)
-            speeds[number].append(size / measure(folder, "prepare", number, number, cache)["seconds"])
+            said = measure(folder, "prepare", number, number, cache)
+            speeds[number].append(size / said["seconds"])
+            worked[number].append(size / said["cpu_seconds"])
     one, two = (show(f"preparing {size:.0f} MB of text, {n} process(es)", speeds[n], "MB/s") for n in caches)
     print(f"{'':4}ratio {two / one:.2f}")
+    one, two = (show(f"    by the time that {n} core(s) worked", worked[n], "MB/s") for n in caches)
+    print(f"{'':4}ratio on cores that do nothing else {2 * two / one:.2f}")
     read = [measure(folder, "read", 1, 1, caches[1]) for _ in range(arguments.rounds)]
     show("prepared packed text, one core", [r["tokens"] / r["seconds"] for r in read], "tokens/s")
     show("    by the time that the core worked", [r["tokens"] / r["cpu_seconds"] for r in read], "tokens/s")

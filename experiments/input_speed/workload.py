@@ -54,9 +54,16 @@ def text(folder: pathlib.Path) -> Dataset:
 
 
 def prepare(folder: pathlib.Path, number: int) -> dict[str, float]:
-    dataset, begin = text(folder), time.perf_counter()
+    dataset, begin, worked = text(folder), time.perf_counter(), cpu()
     dataset.prepare()
-    return {"seconds": time.perf_counter() - begin, "processes": number}
+    return {"seconds": time.perf_counter() - begin, "cpu_seconds": cpu() - worked, "processes": number}
+
+
+def cpu() -> float:
+    """Return the seconds that cores worked for this process and for those that it started and that have ended."""
+    return sum(
+        x.ru_utime + x.ru_stime for x in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def read(folder: pathlib.Path, number: int) -> dict[str, float]:
@@ -82,7 +89,9 @@ def images(folder: pathlib.Path, workers: int) -> dict[str, float]:
     begin = time.perf_counter()
     for _ in range(4 * WARM):
         next(batches)
-    return {"images": 4 * WARM * IMAGES, "seconds": time.perf_counter() - begin}
+    seconds = time.perf_counter() - begin
+    batches.close()
+    return {"images": 4 * WARM * IMAGES, "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def prepare(job: Job, workers: int, name: str) -> None:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"prepared data: '{job.folder}' cannot be written to ({error.strerror})") from error
+        raise _unwritable(job.folder, error) from error
     context = multiprocessing.get_context("spawn")  # a fork would share the threads and locks of JAX
     errors = context.Queue()
     others: list[Any] = []
@@ -166,8 +166,11 @@ class _Lease:
         if not now and time.monotonic() - self._beaten < BEAT:
             return False
         temporary = self._path.with_name(f".{self._token}.lease")
-        temporary.write_text(self._text(done), encoding="utf-8")
-        temporary.replace(self._path)
+        try:
+            temporary.write_text(self._text(done), encoding="utf-8")
+            temporary.replace(self._path)
+        except OSError as error:
+            raise _unwritable(self._path.parent, error) from error
         self._beaten = time.monotonic()
         return True
 
@@ -195,7 +198,11 @@ def _take(job: Job, shard: int) -> _Lease | None:
             return lease if lease.take() else None
         return lease if lease._beaten else None
     except OSError as error:
-        raise UserError(f"prepared data: '{job.folder}' cannot be written to ({error.strerror})") from error
+        raise _unwritable(job.folder, error) from error
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
+    return UserError(f"prepared data: '{folder}' cannot be written to ({error.strerror})")
 
 
 def _read_lease(path: pathlib.Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -125,8 +126,18 @@ class Pool:
         )
 
     def read(self, own: Batch, first: Batch) -> Arrays:
-        """Have a batch read and wait for it."""
-        sent = self._executor.submit(_sent, own, first).result()
+        """Have a batch read and wait for it.
+
+        Raises:
+          OSError: a process is gone.
+        """
+        try:
+            sent = self._executor.submit(_sent, own, first).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise OSError(
+                "a process that reads data was killed, perhaps for lack of memory; the same command resumes, and "
+                "config.data.workers sets how many there are"
+            ) from error
         return {name: _received(value) for name, value in sent.items()}
 
     def close(self) -> None:
