@@ -215,6 +215,7 @@ def start(tmp_path, seconds, processes=1):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on_where_it_was(cache, tmp_path):
     killed = start(tmp_path, 0.05)
     done = wait_for(lambda: len(list(cache.glob("*/0*-of-*[0-9]"))) > 3 and cache)
