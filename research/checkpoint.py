@@ -114,6 +114,9 @@ class Checkpoints:
         Raises:
           SaveError: this save, or the one before it, failed.
         """
+        if self._staged:
+            with _saving():
+                self._staged.wait()
         exists = step in self.steps()
         if exists and not replace:
             return
@@ -126,8 +129,6 @@ class Checkpoints:
             if exists:
                 self._replace_extras(step, content)
                 return
-            if self._staged:
-                self._staged.wait()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), extras=ocp.args.JsonSave(content)),

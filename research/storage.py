@@ -284,7 +284,11 @@ def match(pattern: str) -> list[pathlib.Path]:
 def find(folder: Any) -> list[str]:
     """Return the files in a folder of a bucket, at any depth, relative to it, in the order of their names."""
     below = folder.path.rstrip("/") + "/"
-    return sorted(name.removeprefix(below) for name in folder.fs.find(folder.path) if name.startswith(below))
+    try:
+        found = folder.fs.find(folder.path)
+    except FileNotFoundError:
+        return []
+    return sorted(name.removeprefix(below) for name in found if name.startswith(below))
 
 
 def remove(place: Any) -> None:
@@ -304,7 +308,8 @@ def rename(folder: Any, target: Any) -> None:
         folder.rename(target)
         return
     for name in find(folder):
-        folder.fs.makedirs((target / name).parent.path, exist_ok=True) if scheme(folder) not in OBJECT_STORES else None
+        if scheme(folder) not in OBJECT_STORES:
+            folder.fs.makedirs((target / name).parent.path, exist_ok=True)
         folder.fs.copy((folder / name).path, (target / name).path)
     remove(folder)
 

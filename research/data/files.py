@@ -280,7 +280,7 @@ def _files(paths: Paths, suffixes: Sequence[str], split: str) -> list[pathlib.Pa
             some = hub.files(path, split, suffixes)
         elif glob.has_magic(path) and separator and storage.knows(scheme):
             some = [storage.fetch(file) for file in storage.match(path)]
-        elif glob.has_magic(path) and "://" not in path and not pattern.exists():
+        elif glob.has_magic(path) and not separator and not pattern.exists():
             some = [pathlib.Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
             some = [file for file in some if file.is_file()]
         else:

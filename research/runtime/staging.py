@@ -13,7 +13,7 @@ from orbax.checkpoint import checkpoint_managers
 from research import storage
 from research.errors import UserError
 
-MARKER = "commit_success.txt"  # as Orbax calls it where it commits with a file
+MARKER = "complete"
 
 
 class Staged:
@@ -35,13 +35,19 @@ class Staged:
         self._remote = remote
         self._folder = tempfile.TemporaryDirectory()
         self.local = pathlib.Path(self._folder.name, "checkpoints")
+        self.local.mkdir()
         self._sender = concurrent.futures.ThreadPoolExecutor(1)
         self._sending: concurrent.futures.Future | None = None
 
     def steps(self) -> list[int]:
         """Return the steps that are there, ascending."""
-        found = [name.split("/") for name in storage.find(self._remote)] if self._remote.exists() else []
-        return sorted(int(parts[0]) for parts in found if parts[0].isdigit() and parts[1:] == [MARKER])
+        return sorted(step for step, whole in self._found().items() if whole)
+
+    def _found(self) -> dict[int, bool]:
+        """Return step -> whether it is whole, or what a killed process has left of it."""
+        parts = [name.split("/") for name in storage.find(self._remote)]
+        whole = {part[0] for part in parts if part[1:] == [MARKER]}
+        return {int(part[0]): part[0] in whole for part in parts if part[0].isdigit()}
 
     def fetch(self, step: int) -> None:
         """Copy a checkpoint to the disk, unless it is there."""
@@ -59,7 +65,8 @@ class Staged:
         """Begin to send a checkpoint that is on the disk; those that are not kept are deleted when it is there."""
 
         def send() -> None:
-            self.delete(step)  # what a killed process left
+            for left in [step for step, whole in self._found().items() if not whole]:
+                self.delete(left)
             storage.put(self.local / str(step), self._remote / str(step))
             storage.write(self._remote / str(step) / MARKER, b"")
             for dropped in dropped_steps(kept, self.steps()):
