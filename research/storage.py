@@ -35,6 +35,24 @@ CREDENTIALS = {
     "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS",
     "s3": "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
+# What fsspec knows besides: archives, what stands in front of another place, other programs' data; and hf://, which
+# `assets.resolve` reads.
+_NO_PLACES = {
+    *(
+        "arrow_hdfs",
+        "async_wrapper",
+        "asynclocal",
+        "asyncwrapper",
+        "blockcache",
+        "cached",
+        "dask",
+        "data",
+        "dir",
+        "dvc",
+    ),
+    *("filecache", "generic", "gist", "git", "hf", "jlab", "jupyter", "libarchive", "local", "pyscript", "reference"),
+    *("root", "simplecache", "tar", "tosfs", "wandb", "zip"),
+}
 # The drivers' libraries: what they raise says what went wrong in a place, and not in this code.
 _DRIVERS = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "adlfs", "azure", "aiohttp", "paramiko")
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
@@ -73,15 +91,15 @@ def knows(name: str) -> bool:
 
 
 def schemes() -> str:
-    """Return what a person may write instead of an unknown scheme."""
-    return "gs:// (pip install -e .[gcs]), s3:// (.[s3]), or another place that fsspec knows, with its driver"
+    """Return what a person may write instead of an unknown scheme, and what to install for it."""
+    others = ", ".join(sorted(set(_schemes()) - {"gs", "s3", *ALIASES, "file"}))
+    return f"gs:// (pip install -e .[gcs]), s3:// (.[s3]), and with .[buckets] and fsspec's driver of each: {others}"
 
 
 def _schemes() -> list[str]:
     from fsspec.registry import available_protocols
 
-    # Of the others some are archives or other packages' data, and some only stand in front of a further one.
-    return [name for name in available_protocols() if name not in ("blockcache", "cached", "dir", "filecache", "hf")]
+    return [name for name in available_protocols() if name not in _NO_PLACES]
 
 
 def _require(scheme: str, text: str) -> None:
@@ -104,10 +122,9 @@ def _require(scheme: str, text: str) -> None:
         fsspec.get_filesystem_class(scheme)
         importlib.import_module("upath")
     except ImportError as error:
-        extra = EXTRAS.get(scheme, "buckets")
-        raise UserError(
-            f"'{text}': what opens {scheme}:// is not installed; pip install -e .[{extra}] ({_one_line(error)})"
-        ) from None
+        also = "" if scheme in EXTRAS else " and fsspec's driver of it"
+        install = f"pip install -e .[{EXTRAS.get(scheme, 'buckets')}]{also}"
+        raise UserError(f"'{text}': what opens {scheme}:// is not installed; {install} ({_one_line(error)})") from None
 
 
 # --- checks at the start --------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Record:
         if jax.process_index() == 0:
             stopped = "preempted" if isinstance(error, PreemptedError) else f"{kind.__name__}: {error}" if kind else ""
             self._attempt |= {"end": _now(), "ended": stopped or "finished"}
-            with contextlib.suppress(*[OSError] if error else []):  # a full disk must not hide what stopped the run
+            with contextlib.suppress(*[Exception] if error else []):  # a full disk must not hide what stopped the run
                 self._write()
 
     def note(self, **facts: Any) -> None:
