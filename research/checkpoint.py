@@ -185,8 +185,8 @@ class Checkpoints:
             failure = error
         if not _everywhere(failure is None):
             reason = _reason(failure) if failure else "another process says so"
-            if failure and storage.is_remote(self._directory) and storage.is_outage(failure):
-                raise OSError(f"checkpoint {step} in {self._directory} cannot be reached ({reason})") from failure
+            if failure:
+                self._check_reached(step, failure)
             raise UnreadableCheckpointError(f"checkpoint {step} is unreadable ({reason})") from failure
         if _describe(state, _sums(jax.tree.leaves(state))) != stored:
             raise UnreadableCheckpointError(f"checkpoint {step} is unreadable (its checksums are not those saved)")
@@ -218,8 +218,10 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Return the step with the best metric so far, as the latest readable checkpoint knows it, or None."""
         for step in reversed(self.steps() if self.best else []):
-            with contextlib.suppress(Exception):  # `read` says what is wrong with it
+            try:
                 return self._extras(step)["best"]
+            except Exception as error:  # `read` says what is wrong with it
+                self._check_reached(step, error)
         return None
 
     def check(self) -> None:
@@ -242,6 +244,11 @@ class Checkpoints:
             self._manager.close()
             if self._staged:
                 self._staged.close()
+
+    def _check_reached(self, step: int, error: Exception) -> None:
+        """Raise OSError where a bucket did not answer, which says nothing of the checkpoint."""
+        if storage.is_remote(self._directory) and storage.is_outage(error):
+            raise OSError(f"checkpoint {step} in {self._directory} cannot be reached ({_reason(error)})") from error
 
     def _extras_file(self, step: int) -> pathlib.Path:
         """Where Orbax puts the extras of a step: one file, which is replaced at once wherever it is."""

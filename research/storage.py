@@ -37,22 +37,10 @@ CREDENTIALS = {
 }
 # What fsspec knows besides: archives, what stands in front of another place, other programs' data; and hf://, which
 # `assets.resolve` reads.
-_NO_PLACES = {
-    *(
-        "arrow_hdfs",
-        "async_wrapper",
-        "asynclocal",
-        "asyncwrapper",
-        "blockcache",
-        "cached",
-        "dask",
-        "data",
-        "dir",
-        "dvc",
-    ),
-    *("filecache", "generic", "gist", "git", "hf", "jlab", "jupyter", "libarchive", "local", "pyscript", "reference"),
-    *("root", "simplecache", "tar", "tosfs", "wandb", "zip"),
-}
+_NO_PLACES = set(
+    "arrow_hdfs async_wrapper asynclocal asyncwrapper blockcache cached dask data dir dvc filecache generic gist git hf "
+    "jlab jupyter libarchive local pyscript reference root simplecache tar tosfs wandb zip".split()
+)
 # The drivers' libraries: what they raise says what went wrong in a place, and not in this code.
 _DRIVERS = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "adlfs", "azure", "aiohttp", "paramiko")
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
@@ -70,6 +58,8 @@ def path(text: str | os.PathLike) -> pathlib.Path:
         return pathlib.Path(text.removeprefix("file://")).expanduser()
     name = ALIASES.get(found["scheme"].lower(), found["scheme"].lower())
     _require(name, text)
+    if not text[found.end() :].strip("/"):
+        raise UserError(f"'{text}' names no bucket; write {name}://BUCKET/FOLDER")
     from upath import UPath
 
     return UPath(name + text[found.end("scheme") :].rstrip("/"))  # type: ignore[return-value]  # the same interface
@@ -252,6 +242,10 @@ def put(local: pathlib.Path, remote: Any, last: str = "") -> None:
         _put(remote, lambda name: remote.fs.put_file(str(local), name))
         return
     files = sorted(file for file in local.rglob("*") if file.is_file())
+    if scheme(remote) in OBJECT_STORES:  # several at once
+        some = [file for file in files if file != local / last]
+        remote.fs.put(list(map(str, some)), [(remote / file.relative_to(local).as_posix()).path for file in some])
+        files = [file for file in files if file == local / last]
     for file in sorted(files, key=lambda file: file == local / last):
         put(file, remote / file.relative_to(local).as_posix())
 
@@ -362,32 +356,35 @@ def fetch_with_mark(place: Any) -> tuple[pathlib.Path, str]:
         raise UserError(f"cannot read '{place}' ({type(error).__name__}: {_one_line(error)})") from None
     if not listed:
         raise UserError(f"no such file or folder: '{place}'")
-    facts = sorted((name, repr(sorted((k, str(v)) for k, v in info.items()))) for name, info in listed.items())
+    facts = [
+        (name, sorted((k, str(v)) for k, v in (listed[name] or place.fs.info(name)).items())) for name in sorted(listed)
+    ]
     mark = hashlib.sha256(repr([str(place), facts]).encode()).hexdigest()
     kept = cache_dir() / "buckets" / mark / place.name
     if not kept.exists():
-        _download(place, sorted(listed), kept)
+        download(place, kept)
     return kept, mark
 
 
-def _download(place: Any, names: list[str], target: pathlib.Path) -> None:
-    """Copy files to the place `target`, which appears at once."""
-    parent = cache_dir() / "partial"
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        whole = pathlib.Path(folder, "whole", place.name)
-        below = place.path.rstrip("/") + "/"
-        for name in names:
-            local = whole / name.removeprefix(below) if name.startswith(below) else whole
-            local.parent.mkdir(parents=True, exist_ok=True)
-            place.fs.get_file(name, str(local))
-        target.parent.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            whole.parent.rename(target.parent)
-        except OSError:
-            if not target.exists():
-                raise
-            # Another process was first; what it fetched is the same.
+def download(place: Any, target: pathlib.Path) -> None:
+    """Copy a file or a folder of a bucket to the disk, where it appears at once."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        if names := find(place):
+            files = [partial / name for name in names]
+            for folder in {file.parent for file in files}:
+                folder.mkdir(parents=True, exist_ok=True)
+            place.fs.get([(place / name).path for name in names], [str(file) for file in files])
+        else:
+            place.fs.get_file(place.path, str(partial))
+        partial.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+        # Another process was first; what it fetched is the same.
+    finally:
+        remove(partial)
 
 
 class Mirror:

@@ -258,6 +258,32 @@ def test_a_run_in_s3_killed_again_and_again_ends_with_the_same_bits(s3, referenc
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_falls_back(gcs, cache, reference, tmp_path):
+    storage.put(reference, storage.path("gs://bucket/damaged"))
+    (gcs / "damaged" / "result.json").unlink()
+    storage.write(storage.path(f"gs://bucket/damaged/{SAVED_LAST}/state/manifest.ocdbt"), b"damage")
+    run = in_bucket("gs://bucket/damaged", cache).done()
+    assert run.said(r"^checkpoint 60 is unreadable \(.*\); trying the one before$")
+    assert run.said("^resumed from step 56$")
+    assert not run.said("Traceback|Exception ignored")
+    assert (gcs / "damaged" / "checkpoints" / "unreadable-60-0").is_dir()
+    storage.remove(run.workdir / "checkpoints" / "unreadable-60-0")
+    assert_identical(run.workdir, reference, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run(gcs, cache):
+    env = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    workdir = storage.path("gs://bucket/two")
+    runs = [Run(workdir, cache, "--distributed", JAX_PROCESS_ID=str(i), **env) for i in range(2)]
+    assert [run.wait() for run in runs] == [0, 0], "\n".join([*runs[0].lines, "--", *runs[1].lines])
+    assert json.loads((workdir / "run.json").read_text())["devices"]["hosts"] == 2
+    names = storage.find(workdir / SAVED_LAST / "state")
+    assert {name.split("/")[0] for name in names if name.startswith("ocdbt")} == {"ocdbt.process_0", "ocdbt.process_1"}
+    assert sum(name.startswith("tensorboard/") for name in storage.find(workdir)) == 1
+
+
+@pytest.mark.slow
 def test_sigterm_in_a_bucket_saves_and_exits_75(gcs, cache, reference, tmp_path):
     run = in_bucket("gs://bucket/stopped", cache)
     assert run.signal_when(signal.SIGTERM, says(r"^step 10/"))

@@ -50,6 +50,7 @@ def test_a_local_path_is_pathlibs(tmp_path):
             r"unknown scheme 'gss://'.* did you mean 'gs'\?; there are: gs:// .*-e .\[gcs\]",
         ),
         ("xyzzy://bucket", r"unknown scheme 'xyzzy://' in 'xyzzy://bucket'; there are: gs://.*s3://.*\.\[s3\]"),
+        ("memory:///", "'memory:///' names no bucket; write memory://BUCKET/FOLDER"),
         ("hf://org/name", "unknown scheme 'hf://'"),  # which is read, by assets.resolve, and never written to
     ],
 )
@@ -114,7 +115,7 @@ def test_a_copy_is_made_once_and_again_when_what_is_there_changes(bucket, monkey
     first = assets.resolve("memory://bucket/run/model")
     assert (first.name, (first / "a.txt").read_text(), (first / "b" / "c.txt").read_text()) == ("model", "one", "two")
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_download", None)
+        patch.setattr(storage, "download", None)
         assert assets.resolve("memory://bucket/run/model") == first
     storage.write(bucket / "model" / "a.txt", b"three")
     assert (assets.resolve("memory://bucket/run/model") / "a.txt").read_text() == "three"

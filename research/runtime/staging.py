@@ -53,13 +53,8 @@ class Staged:
         """Copy a checkpoint to the disk, unless it is there."""
         target = self.local / str(step)
         if not target.exists():
-            partial = pathlib.Path(self._folder.name, f"partial-{step}")
-            for name in storage.find(self._remote / str(step)):
-                file = partial / name
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes((self._remote / str(step) / name).read_bytes())
-            (partial / MARKER).unlink(missing_ok=True)
-            partial.rename(target)
+            storage.download(self._remote / str(step), target)
+            (target / MARKER).unlink(missing_ok=True)
 
     def push(self, step: int, kept: checkpoint_managers.PreservationPolicy) -> None:
         """Begin to send a checkpoint that is on the disk; those that are not kept are deleted when it is there."""
