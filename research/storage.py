@@ -38,8 +38,8 @@ CREDENTIALS = {
 # What fsspec knows besides: archives, what stands in front of another place, other programs' data; and hf://, which
 # `assets.resolve` reads.
 _NO_PLACES = set(
-    "arrow_hdfs async_wrapper asynclocal asyncwrapper blockcache cached dask data dir dvc filecache generic gist git hf "
-    "jlab jupyter libarchive local pyscript reference root simplecache tar tosfs wandb zip".split()
+    "arrow_hdfs async_wrapper asynclocal asyncwrapper blockcache cached dask data dir dvc filecache generic gist git "
+    "hf jlab jupyter libarchive local pyscript reference root simplecache tar tosfs wandb zip".split()
 )
 # The drivers' libraries: what they raise says what went wrong in a place, and not in this code.
 _DRIVERS = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "adlfs", "azure", "aiohttp", "paramiko")
