@@ -108,7 +108,7 @@ class _Loop:
 
     def run(self) -> dict[str, Any]:
         self.lap()
-        with self.progress:
+        with self.progress, self.writer:
             while True:
                 self.after_step()
                 if self.finished():

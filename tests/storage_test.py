@@ -50,13 +50,17 @@ def test_a_local_path_is_pathlibs(tmp_path):
             r"unknown scheme 'gss://'.* did you mean 'gs'\?; there are: gs:// .*-e .\[gcs\]",
         ),
         ("xyzzy://bucket", r"unknown scheme 'xyzzy://' in 'xyzzy://bucket'; there are: gs://.*s3://.*\.\[s3\]"),
-        ("memory:///", "'memory:///' names no bucket; write memory://BUCKET/FOLDER"),
         ("hf://org/name", "unknown scheme 'hf://'"),  # which is read, by assets.resolve, and never written to
     ],
 )
 def test_an_unknown_scheme_lists_the_known_ones(uri, message):
     with pytest.raises(UserError, match=message):
         storage.path(uri)
+
+
+def test_a_scheme_alone_names_no_bucket(bucket):
+    with pytest.raises(UserError, match="'memory:///' names no bucket; write memory://BUCKET/FOLDER"):
+        storage.path("memory:///")
 
 
 def test_a_missing_driver_names_the_extra(monkeypatch):
@@ -163,6 +167,19 @@ def test_lines_reach_the_bucket_when_a_checkpoint_counts_on_them_or_it_is_time(b
     writer.write(4, {"train/loss": 1.0})
     assert [row["step"] for row in read_metrics(bucket / METRICS)] == [1, 2, 3, 4]
     writer.close()
+
+
+def test_the_last_lines_of_a_run_that_fails_are_there(bucket, monkeypatch):
+    monkeypatch.setattr(storage.Mirror, "PAUSE_SECONDS", 1000.0)
+
+    def fail() -> None:
+        with Writer(bucket, 0) as writer:
+            writer.write(1, {"train/loss": 1.0})
+            raise ValueError("it fails")
+
+    with pytest.raises(ValueError, match="it fails"):
+        fail()
+    assert [row["step"] for row in read_metrics(bucket / METRICS)] == [1]
 
 
 def test_going_on_drops_what_was_written_after_the_checkpoint(bucket):

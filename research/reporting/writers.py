@@ -77,6 +77,14 @@ class Writer:
         if self._mirror is not None:
             self._mirror.send()
 
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if error is not None:
+            with contextlib.suppress(Exception):  # what cannot be sent must not hide what stopped the run
+                self.flush()
+
     def close(self) -> None:
         """Close the files."""
         if self._file is not None:
