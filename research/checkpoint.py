@@ -11,7 +11,6 @@ import logging
 import os
 import pathlib
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from research import storage
 from research.errors import UserError, nearest
+from research.runtime.staging import Staged, dropped_steps
 from research.step import TrainState
 
 
@@ -47,7 +49,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: Any,
         every_steps: int = 0,
         keep: int = 2,
         keep_every: int | None = None,
@@ -59,7 +61,7 @@ class Checkpoints:
         """Open a folder of checkpoints.
 
         Args:
-          directory: the folder; made on the first save.
+          directory: the folder, a path as `storage.path` makes it; made on the first save.
           every_steps: as above.
           keep: how many of the latest are kept; at least 2, so that a damaged one has a predecessor.
           keep_every: checkpoints of every so many steps are never deleted; a multiple of `every_steps`.
@@ -85,10 +87,9 @@ class Checkpoints:
         self.best, self.mode, self.every_steps, self.patience = best, mode, every_steps, patience
         self._directory = directory
         self._kept = _Kept(keep, keep_every)
-        if not read_only:
-            self._end_replacement()
+        self._staged = Staged(directory) if storage.scheme(directory) not in ("file", "gs") else None
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            epath.Path(str(self._staged.local if self._staged else directory.absolute())),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
                 cleanup_tmp_directories=not read_only,
@@ -104,37 +105,38 @@ class Checkpoints:
         """Begin to save; return once the arrays are copied.
 
         Args:
-          step: a checkpoint of it that exists is left alone, or replaced.
+          step: a checkpoint of it that exists is left alone, but for its extras where they are to be replaced.
           state: the arrays.
           extras: JSON.
           best: the step with the best metric so far; its checkpoint is kept.
-          replace: whether to replace a checkpoint of this step; it is there until the new one is.
+          replace: whether to replace the extras of a checkpoint of this step, whose arrays are the same.
 
         Raises:
           SaveError: this save, or the one before it, failed.
         """
-        exists = step in self._manager.all_steps()
+        if self._staged:
+            with _saving():
+                self._staged.wait()
+        exists = step in self.steps()
         if exists and not replace:
             return
         self._kept.best = best
         arrays = _describe(state, _sums(jax.tree.leaves(state)))
         # A copy: Orbax writes it later, in a thread, while the caller changes it.
         content = json.loads(json.dumps({**extras, "arrays": arrays, "best": best}))
+        content |= {"digest": _digest(content)}
         with _saving():
             if exists:
-                self._manager.wait_until_finished()
-                self._rename(step, self._directory / f"replaced-{step}")
+                self._replace_extras(step, content)
+                return
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    extras=ocp.args.JsonSave(content | {"digest": _digest(content)}),
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), extras=ocp.args.JsonSave(content)),
                 force=True,
             )
-            if exists:
+            if self._staged:
                 self._manager.wait_until_finished()
-                self._end_replacement()
+                self._staged.push(step, self._kept)
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Return the latest readable checkpoint, as (state, extras), or None where there is none at all.
@@ -145,7 +147,7 @@ class Checkpoints:
         Raises:
           UnreadableCheckpointError: there are checkpoints, and none is readable.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps()[::-1]
         for step in steps:
             try:
                 restored = self.read(step, target)
@@ -171,6 +173,9 @@ class Checkpoints:
             extras = self._extras(step)
             wanted, stored = _describe(target), extras.pop("arrays")
             _check_arrays(f"{self._directory / str(step)}", wanted, stored)
+            if self._staged:
+                self._staged.fetch(step)
+                self._manager.reload()
             state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
                 "state"
             ]
@@ -180,6 +185,8 @@ class Checkpoints:
             failure = error
         if not _everywhere(failure is None):
             reason = _reason(failure) if failure else "another process says so"
+            if failure:
+                self._check_reached(step, failure)
             raise UnreadableCheckpointError(f"checkpoint {step} is unreadable ({reason})") from failure
         if _describe(state, _sums(jax.tree.leaves(state))) != stored:
             raise UnreadableCheckpointError(f"checkpoint {step} is unreadable (its checksums are not those saved)")
@@ -187,14 +194,14 @@ class Checkpoints:
 
     def _extras(self, step: int) -> dict[str, Any]:
         """Read and verifies what is not an array."""
-        extras = self._manager.restore(step, args=ocp.args.Composite(extras=ocp.args.JsonRestore()))["extras"]
+        extras = json.loads(self._extras_file(step).read_bytes())
         if extras.pop("digest", None) != _digest(extras):
             raise ValueError("its checksum is not the one saved")
         return extras
 
     def steps(self) -> list[int]:
         """Return the steps that were saved, ascending."""
-        return sorted(self._manager.all_steps())
+        return self._staged.steps() if self._staged else sorted(self._manager.all_steps())
 
     def ranking(self, metrics: Mapping[str, float]) -> float:
         """Return the value that checkpoints are ranked by."""
@@ -211,39 +218,57 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Return the step with the best metric so far, as the latest readable checkpoint knows it, or None."""
         for step in reversed(self.steps() if self.best else []):
-            with contextlib.suppress(Exception):  # `read` says what is wrong with it
+            try:
                 return self._extras(step)["best"]
+            except Exception as error:  # `read` says what is wrong with it
+                self._check_reached(step, error)
         return None
 
     def check(self) -> None:
         """Raise SaveError if a save that has ended failed."""
         with _saving():
             self._manager.check_for_errors()
+            if self._staged:
+                self._staged.check()
 
     def wait(self) -> None:
         """Return when every save has ended; raise SaveError if one failed."""
         with _saving():
             self._manager.wait_until_finished()
+            if self._staged:
+                self._staged.wait()
 
     def close(self) -> None:
         """Wait and let go of the folder."""
         with _saving():
             self._manager.close()
+            if self._staged:
+                self._staged.close()
+
+    def _check_reached(self, step: int, error: Exception) -> None:
+        """Raise OSError where a bucket did not answer, which says nothing of the checkpoint."""
+        if storage.is_remote(self._directory) and storage.is_outage(error):
+            raise OSError(f"checkpoint {step} in {self._directory} cannot be reached ({_reason(error)})") from error
+
+    def _extras_file(self, step: int) -> pathlib.Path:
+        """Where Orbax puts the extras of a step: one file, which is replaced at once wherever it is."""
+        return self._directory / str(step) / "extras" / "metadata"
+
+    def _replace_extras(self, step: int, content: Mapping[str, Any]) -> None:
+        """Replace the extras of a checkpoint, and delete those that are no longer kept, such as one that was best."""
+        self.wait()
+        if jax.process_index() == 0:
+            storage.write(self._extras_file(step), json.dumps(content).encode())
+        multihost_utils.sync_global_devices(f"extras-{step}")
+        for dropped in dropped_steps(self._kept, self.steps()):
+            self._staged.delete(dropped) if self._staged else self._manager.delete(dropped)
 
     def _rename(self, step: int, path: pathlib.Path) -> None:
         """Give a checkpoint a name that is not a step's."""
         if jax.process_index() == 0:
-            (self._directory / str(step)).rename(path)
+            storage.rename(self._directory / str(step), path)
         multihost_utils.sync_global_devices(path.name)
         self._manager.reload()
-
-    def _end_replacement(self) -> None:
-        """Delete a checkpoint that was replaced, or bring it back if the new one was never finished."""
-        if jax.process_index() == 0:
-            for path in self._directory.glob("replaced-*"):
-                step = path.with_name(path.name.removeprefix("replaced-"))
-                shutil.rmtree(path) if step.exists() else path.rename(step)
-        multihost_utils.sync_global_devices("replaced")
 
     def _unused_name(self, step: int) -> pathlib.Path:
         names = (self._directory / f"unreadable-{step}-{i}" for i in range(1000))

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from research import sharding, step
+from research import sharding, step, storage
 from research.build import build, invoke, locate
 from research.checkpoint import Checkpoints
 from research.configuration import trust
@@ -117,7 +117,9 @@ class Experiment:
         """The tokenizer, or None; the run's own, if it has one, is neither fetched nor trained again."""
         if self._assumed is not None:
             return None
-        return read(self._kept) if self._kept else build(self.config.get("tokenizer"), "config.tokenizer")
+        if self._kept:
+            return read(storage.fetch(self._kept))
+        return build(self.config.get("tokenizer"), "config.tokenizer")
 
     @functools.cached_property
     def _kept(self) -> pathlib.Path | None:
@@ -132,11 +134,19 @@ class Experiment:
         """Put the tokenizer into the run's folder, at once; to be called before the config is recorded there."""
         if self.tokenizer is None or self._kept or not self._workdir or jax.process_index() != 0:
             return
+        target = self._workdir / "tokenizer"
+        if storage.is_remote(target):
+            # No folder appears at once in a bucket: it counts from when the config is recorded beside it.
+            storage.remove(self._workdir / "config.json")
+            storage.remove(target)
+            with storage.writing(target) as folder:
+                self.tokenizer.save(folder)
+            return
         temporary = self._workdir / f".tokenizer.{os.getpid()}"
         try:
             self.tokenizer.save(temporary)
-            shutil.rmtree(self._workdir / "tokenizer", ignore_errors=True)  # of an attempt that did not get far
-            temporary.rename(self._workdir / "tokenizer")
+            shutil.rmtree(target, ignore_errors=True)  # of an attempt that did not get far
+            temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -10,6 +10,7 @@ import flax.traverse_util
 import jax
 from ml_collections import ConfigDict
 
+from research import storage
 from research.build import build
 from research.data.tokenizer import Tokenizer
 from research.evaluate import restore_params
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
     """
     experiment = Experiment(config, workdir=workdir)
     step, params = restore_params(experiment, workdir, checkpoint)
-    folder = pathlib.Path(output).expanduser() if output else workdir / "export"
+    folder = storage.path(output) if output else workdir / "export"
     tokenizer = experiment.tokenizer
     model, params = at_trained_size(experiment, jax.device_get(own(params, experiment)))
     names = getattr(experiment.task, "label_names", ())

@@ -1,6 +1,5 @@
 """Text or images from a trained model, or straight from published weights."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from research import sharding
+from research import sharding, storage
 from research.build import locate
 from research.data import chat
 from research.data.tokenizer import Tokenizer
@@ -76,13 +75,12 @@ def run(
         return
     if bool(prompt) == bool(input):
         raise UserError("--prompt, --input: give a text to continue, or a file of texts; exactly one of the two")
-    if output != "-" and not pathlib.Path(output).absolute().parent.is_dir():
-        raise UserError(f"--output: there is no folder {pathlib.Path(output).absolute().parent}")
+    storage.check_output(output)
     lines = [("--prompt", {"prompt": prompt})] if prompt else _read(input)
     experiment = _experiment(config, workdir)
     requests = [_request(experiment, i, *line) for i, line in enumerate(lines)]
     params = decoding.unstack(_params(experiment, workdir, checkpoint))
-    with open(output, "w", encoding="utf-8") if output != "-" else contextlib.nullcontext(sys.stdout) as file:
+    with storage.text_output(output) as file:
         if prompt:
             _stream(experiment, params, requests[0], file)
             return
@@ -96,7 +94,9 @@ def _images(config: ConfigDict, workdir: pathlib.Path, prompt: str, output: str,
     task = experiment.task
     assert isinstance(task, Diffusion)
     labels, path = draw.classes(task, prompt), draw.target(task, output, workdir)
-    draw.write(experiment, task, _params(experiment, workdir, checkpoint), labels, path)
+    params = _params(experiment, workdir, checkpoint)
+    with storage.writing(path) as local:
+        draw.write(experiment, task, params, labels, local)
     print(path)
 
 
@@ -220,9 +220,9 @@ def _writer(experiment: Experiment) -> Tokenizer:
 
 def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the place and the fields of every line that is not empty."""
-    if path != "-" and not pathlib.Path(path).is_file():
+    if path != "-" and not storage.path(path).is_file():
         raise UserError(f"--input: there is no file {path}")
-    content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    content = sys.stdin.buffer.read() if path == "-" else storage.path(path).read_bytes()
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except ValueError as error:

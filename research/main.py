@@ -15,7 +15,7 @@ Flags:
   --config        the config file and, after a colon, its variant; all modes but train take that of the run in --workdir
                   where it is left out
   --config.KEY    overrides a value of the config: --config.optimizer.learning_rate=3e-5
-  --workdir       the run's folder
+  --workdir       the run's folder, local or in a bucket (gs://bucket/run), as all paths here may be
   --mode          one of the above
   --checkpoint    latest, best or a step, in all modes but train; by default the best, where the run keeps it
   --prompt        generate: the text to continue, or to translate, or to answer with --config.decoding.chat=true.
@@ -43,12 +43,12 @@ import argparse
 import importlib
 import logging
 import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from research import storage
 from research.configuration import overrides, trust
 from research.errors import UserError, nearest
 from research.runtime import allocator, memory
@@ -131,8 +131,8 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) -> int:
-    workdir = pathlib.Path(flags.workdir or ".").expanduser().absolute()
-    _check_folder(workdir, writes=flags.mode == "train")
+    workdir = storage.path(flags.workdir or ".").absolute()
+    storage.check_folder("--workdir", workdir, writes=flags.mode == "train")
     if flags.config:
         config = overrides.load(flags.config)
         overrides.apply(config, changes)  # before JAX is imported, which takes seconds
@@ -140,7 +140,6 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
         # Whatever accelerator there is, it is not what is planned for; and no machine is to be asked what it is.
         os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
     allocator.keep()
-    import jax
 
     from research import evaluate
     from research.checkpoint import SaveError, UnreadableCheckpointError, quieten
@@ -167,28 +166,19 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
     except (NonFiniteError, UnreadableCheckpointError, SaveError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if (line := memory.explain(error)) is None:
+    except Exception as error:
+        if (line := memory.explain(error) or storage.explain(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 
 
-def _check_folder(workdir: pathlib.Path, writes: bool) -> None:
-    """Raise UserError unless a run's folder is one, or can be made."""
-    there = next(path for path in (workdir, *workdir.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--workdir: {there} is a file; name a folder")
-    if writes and not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir: {there} cannot be written to; name another folder")
-
-
 def _start_jax(distributed: bool) -> None:
     """Keep compiled programs on disk between runs, and join the other processes."""
     import jax
 
-    cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/research/compiled").expanduser()
+    cache = storage.path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/research/compiled")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if distributed:

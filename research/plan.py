@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from research import flops, train
+from research import flops, storage, train
 from research.build import locate
 from research.errors import UserError, nearest
 from research.experiment import Experiment
@@ -92,7 +92,7 @@ def run(
     if "published" in section:
         result["published"] = section["published"]
     if output:
-        write_json(pathlib.Path(output), result)
+        write_json(storage.path(output), result)
     Progress(0, 0).table(f"{name}: {target.count} devices", _shown(result))
     return result
 

@@ -1,7 +1,6 @@
 """JSON lines, or images, in; JSON lines with predictions out."""
 
 import codecs
-import contextlib
 import inspect
 import itertools
 import json
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from research import sharding
+from research import sharding, storage
 from research.build import locate
 from research.data import image
 from research.data.dataset import Example
@@ -40,8 +39,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
     """
     if jax.process_count() > 1:
         raise UserError("--mode=predict runs in one process")
-    if output != "-" and not pathlib.Path(output).absolute().parent.is_dir():
-        raise UserError(f"--output: there is no folder {pathlib.Path(output).absolute().parent}")
+    storage.check_output(output)
     config = _without_augmentation(config)
     rows = _read(input, config)
     bare = [{name: value for name, value in row.items() if name != "label"} for _, row in rows]
@@ -49,7 +47,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
     _, params = restore_params(experiment, workdir, checkpoint)
     if rows:
         _check(rows, bare, experiment)
-    with open(output, "w", encoding="utf-8") if output != "-" else contextlib.nullcontext(sys.stdout) as file:
+    with storage.text_output(output) as file:
         for (_, row), described in zip(rows, _predictions(experiment, params, bare)):
             file.write(json.dumps(row | described, ensure_ascii=False) + "\n")
         file.flush()
@@ -112,16 +110,16 @@ def _check(rows: Sequence[tuple[str, Example]], bare: Sequence[Example], experim
 def _read(path: str, config: ConfigDict) -> list[tuple[str, Example]]:
     """Return what is to be predicted for: objects of JSON lines, or images; each with how messages begin."""
     field = _image_field(config)
-    if path != "-" and pathlib.Path(path).is_dir():
+    if path != "-" and storage.path(path).is_dir():
         if field is None:
             raise UserError(f"--input: {path} is a folder; this run takes a file of JSON lines")
-        found, _ = image.files(pathlib.Path(path))
+        found, _ = image.files(storage.path(path))
         if not found:
             raise UserError(f"--input: {path} holds no image, a file that ends in {', '.join(image.SUFFIXES)}")
         return [("", {field: str(file)}) for file in found]
-    if path != "-" and not pathlib.Path(path).is_file():
+    if path != "-" and not storage.path(path).is_file():
         raise UserError(f"--input: there is no file {path}")
-    content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    content = sys.stdin.buffer.read() if path == "-" else storage.path(path).read_bytes()
     content = content.removeprefix(codecs.BOM_UTF8)
     if field is not None and path != "-" and not content.lstrip().startswith(b"{"):
         return [("", {field: path})]

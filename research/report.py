@@ -20,6 +20,7 @@ import rich.console
 import rich.table
 from rich.markup import escape
 
+from research import storage
 from research.errors import UserError, nearest
 from research.reporting import figures, ledger, runs
 from research.reporting.runs import Run
@@ -46,7 +47,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m research.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", type=pathlib.Path, help="the folder of a finished run")
+    parser.add_argument("runs", nargs="*", metavar="RUN", type=storage.path, help="the folder of a finished run")
     use = parser.add_mutually_exclusive_group()
     use.add_argument(
         "--record", dest="use", action="store_const", const="record", help="copy records into an experiment"
@@ -54,7 +55,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     use.add_argument(
         "--ledger", dest="use", action="store_const", const="ledger", help="generate the pages of experiments"
     )
-    parser.add_argument("--figure", type=pathlib.Path, help="comparing: the PNG to write (default: comparison.png)")
+    parser.add_argument("--figure", type=storage.path, help="comparing: the PNG to write (default: comparison.png)")
     parser.add_argument("--metrics", help="comparing: only the metrics that match this regular expression")
     parser.add_argument("--into", type=pathlib.Path, help="recording: experiments/NAME, or an arm of it")
     parser.add_argument("--root", type=pathlib.Path, help="the folder of the experiments (default: experiments)")
@@ -68,6 +69,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{name} cannot be combined with {'comparing runs' if use == 'compare' else f'--{use}'}")
     if bool(arguments.runs) == (use == "ledger"):
         raise UserError("name the folders of finished runs" if arguments.use != "ledger" else "--ledger takes no RUN")
+    for path in filter(storage.is_remote, arguments.runs):
+        storage.check_folder("RUN", path, writes=False)
     found = [runs.load(path) for path in arguments.runs]
     if use == "ledger":
         _print_ledger(ledger.write(arguments.root or pathlib.Path("experiments")))

@@ -1,5 +1,6 @@
 """The training loop, the only one: what happens, and in which order."""
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from research import evaluate, flops, sharding
+from research import evaluate, flops, sharding, storage
 from research.checkpoint import Checkpoints
 from research.errors import UserError
 from research.experiment import Experiment
@@ -80,7 +81,8 @@ class _Loop:
         traced: range = range(0),
     ):
         self.experiment, self.workdir, self.checkpoints, self.preemption = experiment, workdir, checkpoints, preemption
-        self.traced, self.tracing = traced, False
+        self.traced, self.trace = traced, contextlib.ExitStack()
+        self.tracing = False
         # Resume this run, else start from pretrained weights, else from scratch.
         restored = checkpoints.restore(experiment.abstract_state)
         self.state, extras = restored or (start(experiment), {})
@@ -106,7 +108,7 @@ class _Loop:
 
     def run(self) -> dict[str, Any]:
         self.lap()
-        with self.progress:
+        with self.progress, self.writer:
             while True:
                 self.after_step()
                 if self.finished():
@@ -208,6 +210,7 @@ class _Loop:
         self.read_metrics()  # a state whose loss is not finite is never saved
         self.lap("train")
         extras: dict[str, Any] = {"data": self.batches.get_state(), "meter": self.meter.state()}
+        self.writer.flush()
         extras |= {"evaluation": self.evaluation, "lines": self.writer.lines}
         best = self.evaluation["best"]
         with self.progress.phase("saving", quiet=True):
@@ -221,11 +224,13 @@ class _Loop:
     def profile(self) -> None:
         """Begin or end the trace, where this step is its first or the one after its last."""
         if self.step in self.traced and not self.tracing:
-            jax.profiler.start_trace(str(self.workdir / "profile"), create_perfetto_trace=True)
+            folder = self.trace.enter_context(storage.writing(self.workdir / "profile"))
+            jax.profiler.start_trace(str(folder), create_perfetto_trace=True)
             self.tracing = True
         elif self.tracing and self.step not in self.traced:
             self.read_metrics()
             jax.profiler.stop_trace()
+            self.trace.close()
             self.tracing = False
             self.progress.line(f"traced the steps {self.traced.start} to {self.traced.stop - 1} into profile/")
 

@@ -105,7 +105,7 @@ def test_the_best_step_is_known_by_the_latest_readable_checkpoint(tmp_path):
     assert best_step(folder) == 1
 
 
-def test_a_step_that_exists_is_left_alone_or_replaced(folder):
+def test_a_step_that_exists_is_left_alone_or_its_extras_replaced(folder):
     checkpoints = Checkpoints(folder)
     checkpoints.save(20, state(21), {"evaluated": False})
     checkpoints.wait()
@@ -127,24 +127,24 @@ def test_extras_are_those_of_the_moment_of_saving(tmp_path, monkeypatch):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_replacement_that_was_interrupted(folder, finished):
-    (folder / "20").rename(folder / "replaced-20")
-    if finished:
-        shutil.copytree(folder / "replaced-20", folder / "20")
-    assert_same(restore(folder)[0], state(20))
-    assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
+def test_new_extras_delete_what_was_best_before(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save(folder, [1, 2, 3], best=1)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(3, state(3), {}, best=3, replace=True)
+    checkpoints.close()
+    assert steps(folder) == [2, 3]
 
 
 def test_read_only_changes_nothing(folder):
-    (folder / "20").rename(folder / "replaced-20")
+    (folder / "20").rename(folder / "unreadable-20-0")
     (folder / "30.orbax-checkpoint-tmp").mkdir()
     save(folder.parent / "other", [])
     checkpoints = Checkpoints(folder, keep=1, read_only=True)
     assert checkpoints.steps() == [10]
     assert_same(checkpoints.read(10, abstract(state(0)))[0], state(10))
     checkpoints.close()
-    assert sorted(path.name for path in folder.iterdir()) == ["10", "30.orbax-checkpoint-tmp", "replaced-20"]
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "30.orbax-checkpoint-tmp", "unreadable-20-0"]
     missing = folder.parent / "missing"
     Checkpoints(missing, read_only=True).close()
     assert not missing.exists()

@@ -1,6 +1,5 @@
 """Starting from the parameters that another run of this code has trained, whatever its task was."""
 
-import pathlib
 import re
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from research import storage
 from research.errors import UserError, nearest
 from research.evaluate import restore_params
 from research.experiment import Experiment
@@ -44,7 +44,7 @@ def load_params(
       UserError: there is no run, or a parameter is missing or has another shape.
     """
     del model  # the parameters say all
-    folder = pathlib.Path(path).expanduser()
+    folder = storage.path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"config.init.path: there is no run in '{path}'; train it first, or name another one")
     config = load_config(folder)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from research import assets
+from research import assets, storage
 from research.data import hub, row_access, rows
 from research.data.source import Source
 from research.errors import UserError, nearest
@@ -275,9 +275,12 @@ def _files(paths: Paths, suffixes: Sequence[str], split: str) -> list[pathlib.Pa
     files: list[pathlib.Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
         pattern = pathlib.Path(path).expanduser()
+        scheme, separator, _ = path.partition("://")
         if path.startswith(hub.SCHEME):
             some = hub.files(path, split, suffixes)
-        elif glob.has_magic(path) and "://" not in path and not pattern.exists():
+        elif glob.has_magic(path) and separator and storage.knows(scheme):
+            some = [storage.fetch(file) for file in storage.match(path)]
+        elif glob.has_magic(path) and not separator and not pattern.exists():
             some = [pathlib.Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
             some = [file for file in some if file.is_file()]
         else:

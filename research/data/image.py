@@ -22,6 +22,7 @@ import PIL.ImageEnhance
 import PIL.ImageFile
 import PIL.ImageOps
 
+from research import storage
 from research.errors import UserError, nearest
 
 Image = PIL.Image.Image
@@ -115,14 +116,26 @@ def files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]
     An image is what ends in one of `SUFFIXES`; what systems put everywhere (.DS_Store, Thumbs.db, ...) is neither. A
     link to a folder is followed, unless it stands in that folder.
     """
+    if storage.is_remote(folder):
+        found = [folder / name for name in storage.find(folder) if not any(map(is_hidden, name.split("/")))]
+    else:
+        found = _walk(folder)
+    images = [path for path in found if path.suffix.lower() in SUFFIXES]
+    return sorted(images, key=_parts), sorted(set(found) - set(images), key=_parts)
+
+
+def _parts(path: pathlib.Path) -> tuple[str, ...]:
+    return path.parts
+
+
+def _walk(folder: pathlib.Path) -> list[pathlib.Path]:
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
         here = pathlib.Path(place)
         above = {path.resolve() for path in (here, *here.parents)}
         folders[:] = [name for name in folders if not is_hidden(name) and (here / name).resolve() not in above]
         found += [pathlib.Path(place, name) for name in names if not is_hidden(name)]
-    images = [path for path in found if path.suffix.lower() in SUFFIXES]
-    return sorted(images), sorted(set(found) - set(images))
+    return found
 
 
 def is_hidden(name: str) -> bool:
@@ -134,7 +147,7 @@ def is_hidden(name: str) -> bool:
 def _reading(value: bytes | str, name: str) -> Iterator[Image]:
     """Open a file, whose pixels are not read yet; whatever goes wrong with it becomes a UserError that names it."""
     if isinstance(value, str):
-        path, name = pathlib.Path(value).expanduser(), value
+        path, name = storage.path(value), value
         if not path.is_file():
             raise UserError(f"there is no image file '{value}'")
         value = path.read_bytes()

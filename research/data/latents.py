@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from research import storage
 from research.errors import UserError
 
 
@@ -39,7 +40,7 @@ def latents(path: str, split: str = "train") -> Latents:
     Raises:
       UserError: a file is missing, or their shapes or types do not match.
     """
-    folder = pathlib.Path(path).expanduser() / split
+    folder = storage.fetch(storage.path(path) / split)
     for name in ("latents", "labels"):
         if not (folder / f"{name}.npy").is_file():
             raise UserError(f"path: '{folder}' has no {name}.npy; see research/data/latents.py for what it must hold")

@@ -254,6 +254,8 @@ def mixture(sources: Mapping[str, Any], weights: Weights = (), seed: int = 0, ex
 
 def _data_dir(data_dir: str | None) -> str:
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if "://" in folder:
+        raise UserError(f"data_dir: '{folder}' is no local folder, and records are read at random, as from a disk only")
     return os.path.expanduser(folder)
 
 

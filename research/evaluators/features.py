@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import assets
+from research import assets, storage
 from research.build import build
 from research.configuration import transfer
 from research.data.image import Normalize
@@ -79,7 +79,7 @@ class TrainedRun:
 
     @property
     def _folder(self) -> pathlib.Path:
-        return pathlib.Path(self.path).expanduser()
+        return storage.path(self.path)
 
     @property
     def _model(self) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
 
+from research import storage
 from research.build import build
 from research.errors import UserError, nearest
 from research.evaluators import samples
@@ -66,7 +67,7 @@ def target(task: Diffusion, output: str, workdir: pathlib.Path) -> pathlib.Path:
       UserError: it is neither a .png file, a folder nor an .npz file, or the samples are latents.
     """
     visible = task.model.num_channels in (1, 3)
-    path = pathlib.Path(output).expanduser()
+    path = storage.path(output)
     if output == "-":
         path = workdir / "figures" / ("generated.png" if visible else "generated.npz")
     if path.suffix not in (".png", ".npz", ""):

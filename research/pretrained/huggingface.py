@@ -20,7 +20,7 @@ import flax.traverse_util
 import numpy as np
 
 import research.pretrained
-from research import assets
+from research import assets, storage
 from research.data import gguf as gguf_file
 from research.errors import UserError, nearest
 from research.pretrained import gguf, onnx, weight_files
@@ -170,7 +170,7 @@ def save(
     Raises:
       UserError: no family has this model, the labels do not fit it, or the folder is taken.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name another folder to write the model to")
     model_type, family, kind = _family_of_model(model)
@@ -182,19 +182,20 @@ def save(
     arrays = {name: np.asarray(leaf, np.float32) for name, leaf in _flatten(params).items()}
     tensors = _to_theirs(family.table(kind, arrays), arrays)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        text = json.dumps(keys, indent=2, sort_keys=True)
-        (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-        for file in tokenizer_files:
-            shutil.copyfile(file, partial / pathlib.Path(file).name)
-        weight_files.write(partial, tensors, max_shard_bytes, weight_files.STEMS[bool(family.diffusers)])
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with storage.writing(folder, last="config.json") as local:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        partial = local.with_name(f".{local.name}.{uuid.uuid4().hex}")
+        partial.mkdir()
+        try:
+            text = json.dumps(keys, indent=2, sort_keys=True)
+            (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+            for file in tokenizer_files:
+                shutil.copyfile(file, partial / pathlib.Path(file).name)
+            weight_files.write(partial, tensors, max_shard_bytes, weight_files.STEMS[bool(family.diffusers)])
+            partial.rename(local)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     return folder
 
 

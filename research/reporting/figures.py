@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
+from research import storage
+
 Rows = Sequence[Mapping[str, float]]  # the lines of a metrics.jsonl, each with its "step"
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too (without the yellow).
@@ -252,5 +254,6 @@ def _save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
     """Write a PNG that holds no date and no version, so that the same data give the same file."""
     if title:
         figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=11)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    with storage.writing(storage.path(path)) as file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from research import assets
+from research import assets, storage
 from research.configuration import trust
 from research.configuration.moved import current_config
 from research.data.mixture import with_new_weights
@@ -55,7 +55,7 @@ class Record:
 
     def __enter__(self) -> "Record":
         if jax.process_index() == 0:
-            self._path.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self._path)
             write_json(self._path / "config.json", self._config)
             self._attempt = {"command": shlex.join(sys.orig_argv), "start": _now(), "end": None, "ended": "running"}
             self._write()
@@ -65,7 +65,7 @@ class Record:
         if jax.process_index() == 0:
             stopped = "preempted" if isinstance(error, PreemptedError) else f"{kind.__name__}: {error}" if kind else ""
             self._attempt |= {"end": _now(), "ended": stopped or "finished"}
-            with contextlib.suppress(*[OSError] if error else []):  # a full disk must not hide what stopped the run
+            with contextlib.suppress(*[Exception] if error else []):  # a full disk must not hide what stopped the run
                 self._write()
 
     def note(self, **facts: Any) -> None:
@@ -141,15 +141,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    storage.write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def peak_memory_bytes() -> int:

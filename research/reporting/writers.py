@@ -20,6 +20,8 @@ import tensorboardX.summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from research import storage
+
 METRICS = "metrics.jsonl"
 
 
@@ -34,18 +36,21 @@ class Writer:
         """Open the files of a run that resumes after `step`; what a stopped run wrote after `lines` is dropped."""
         self.lines, self._workdir = 0, workdir
         self._file: TextIO | None = None
+        self._mirror: storage.Mirror | None = None
         if jax.process_index() == 0:
-            path = workdir / METRICS
-            kept = read_metrics(path)[:lines]
-            temporary = path.with_suffix(".new")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(path)
+            kept = read_metrics(workdir / METRICS)[:lines]
             self.lines = len(kept)
-            self._file = path.open("a", encoding="utf-8")
+            local = workdir
+            if storage.is_remote(workdir):
+                self._mirror = storage.Mirror(workdir)
+                local = self._mirror.local
+            storage.write(local / METRICS, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            self._file = (local / METRICS).open("a", encoding="utf-8")
             # Written in this thread: SummaryWriter's own thread dies where the disk is full, and blocks this one.
-            board = workdir / "tensorboard"
-            board.mkdir(exist_ok=True)
-            self._board = EventsWriter(str(board / "events"), f".{len(list(board.iterdir()))}")  # a file an attempt
+            (local / "tensorboard").mkdir(exist_ok=True)
+            attempt = len(list((workdir / "tensorboard").glob("*")))  # a file each
+            self._board = EventsWriter(str(local / "tensorboard" / "events"), f".{attempt}")
+            self.flush()
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides the dropped steps
             self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
@@ -64,12 +69,29 @@ class Writer:
                 summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=name, image=picture)])
                 self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
             self._board.flush()
+            if self._mirror is not None:
+                self._mirror.send(now=False)
+
+    def flush(self) -> None:
+        """Return when all that was written is in the run's folder; a checkpoint counts on it."""
+        if self._mirror is not None:
+            self._mirror.send()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if error is not None:
+            with contextlib.suppress(Exception):  # what cannot be sent must not hide what stopped the run
+                self.flush()
 
     def close(self) -> None:
         """Close the files."""
         if self._file is not None:
             self._file.close()
             self._board.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
 
 def write_pictures(workdir: pathlib.Path, step: int, pictures: Mapping[str, np.ndarray]) -> dict[str, bytes]:
@@ -78,9 +100,7 @@ def write_pictures(workdir: pathlib.Path, step: int, pictures: Mapping[str, np.n
     for name, picture in pictures.items():
         buffer = io.BytesIO()
         PIL.Image.fromarray(picture).save(buffer, "png")
-        path = workdir / "figures" / f"{name}-{step}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
+        storage.write(workdir / "figures" / f"{name}-{step}.png", buffer.getvalue())
         contents[name] = buffer.getvalue()
     return contents
 
@@ -90,7 +110,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().decode("utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
