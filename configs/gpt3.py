@@ -91,6 +91,8 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
         config.task.model.remat = "full"
     if size == "125M":
         config.optimizer.microbatches = 4  # for the 16 GB of its slice's chips
+    if size == "350M":
+        config.mesh = dict(data=1, fsdp=-1, model=1)  # likewise
     return config
 
 
