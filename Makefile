@@ -3,7 +3,7 @@ VENV ?= .venv
 EXTRAS ?= test
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart install test test-slow test-core test-peers plans lint format clean
+.PHONY: quickstart install test test-slow test-core test-peers test-buckets plans lint format clean
 
 quickstart: $(VENV)/installed        ## fine-tune a published encoder on movie reviews, on a CPU
 	$(RUN) -m research.main --config=configs/movie_snippets.py --workdir=runs/quickstart
@@ -21,6 +21,9 @@ test-core: $(VENV)/installed-test    ## what another version of Python or JAX is
 
 test-peers: $(VENV)/installed-test   ## comparisons with PyTorch and Transformers
 	$(RUN) -m pytest -q -m peers
+
+test-buckets: $(VENV)/installed-test ## runs in buckets, against servers on this machine (EXTRAS=test,buckets-test)
+	$(RUN) -m pytest -q -m "slow or not slow" tests/storage_test.py tests/buckets_test.py
 
 plans: $(VENV)/installed-tpu         ## what the published configs need on the TPU slices that they name; takes hours
 	$(RUN) experiments/plans/plan_all.py
