@@ -85,7 +85,9 @@ class KeepsStart(Protocol):
     """
 
     @property
-    def fixed(self) -> tuple[str, ...]: ...
+    def fixed(self) -> tuple[str, ...]:
+        """See above."""
+        ...
 
     def start(self, params: Params) -> Params:
         """Return the parameters that training begins with, of those of the model; pure."""

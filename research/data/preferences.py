@@ -12,6 +12,30 @@ FIELDS = ("prompt", "chosen", "rejected")
 Messages = list[Mapping[str, Any]]
 
 
+class ClassPreference:
+    """Make a preference of an example's class: an answer for it is chosen, the one for the class after it rejected."""
+
+    def __init__(self, prompt: str, answers: Sequence[str], label: str = "label"):
+        """Take a template such as "Is this good? {text}", an answer for each class, and the field of the class."""
+        if len(set(answers)) < max(len(answers), 2):
+            raise UserError(f"answers: {tuple(answers)} must be two or more, and different")
+        self._prompt, self._answers, self._label = prompt, tuple(answers), label
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Return the example with the fields `prompt`, `chosen` and `rejected`; without a class, a question."""
+        try:
+            made = {"prompt": self._prompt.format_map(example)}
+        except KeyError as error:
+            raise UserError(f"an example has no field '{error.args[0]}'{nearest(error.args[0], example)}") from None
+        if self._label not in example:
+            return example | made
+        label = int(example[self._label])
+        if not 0 <= label < len(self._answers):
+            raise UserError(f"answers: there are {len(self._answers)}, and an example has the class {label}")
+        rejected = self._answers[(label + 1) % len(self._answers)]
+        return example | made | {"chosen": self._answers[label], "rejected": rejected}
+
+
 class PreferenceTokens:
     """Make the features of both answers to a prompt, with the loss on the answers alone.
 

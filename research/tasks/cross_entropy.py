@@ -134,9 +134,7 @@ def in_blocks(
     return total(own, blocks)
 
 
-def by_row(
-    sums: Callable[..., jax.Array], block: int, hidden_BxTxD: jax.Array, *others: jax.Array
-) -> jax.Array:
+def by_row(sums: Callable[..., jax.Array], block: int, hidden_BxTxD: jax.Array, *others: jax.Array) -> jax.Array:
     """Return what `sums` gives each row, [B], added up over blocks of positions; each is computed again for a gradient.
 
     Unlike `in_blocks` the gradient may be of any function of the sums, and is known once all of them are.
