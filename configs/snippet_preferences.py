@@ -1,6 +1,7 @@
 """Teaches SmolLM2-135M-Instruct which of two words on a film review to prefer: preference tuning by DPO.
 
-Data: 640 of the movie-review snippets of configs/movie_snippets.py. The prompt asks whether a snippet is positive or
+Data: the movie-review snippets of configs/movie_snippets.py, and 96 of the middle of its test set, which begins with
+positive ones and ends with negative ones. The prompt asks whether a snippet is positive or
 negative; the chosen answer is the right one, the rejected one the other. Reported is the held-out share of pairs whose
 chosen answer has the greater reward ("accuracy") and whose chosen answer is the likelier one ("likelier"), the only one
 of the two that says something before training, when all rewards are 0.
@@ -12,7 +13,7 @@ needs neither network nor files and takes seconds.
 
 from ml_collections import ConfigDict
 
-from research.configuration.variants import SMOLLM2, choose, tiny_run, tiny_text_data
+from research.configuration.variants import SMOLLM2, choose, datasets, tiny_run, tiny_text_data
 
 LABELS = ("negative", "positive")
 
@@ -21,7 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 8
-    config.num_steps = 80
+    config.num_steps = 40
     config.tokenizer = dict(call="research.data.tokenizer.load", path=SMOLLM2)
     config.task = dict(
         call="research.tasks.preferences.Preferences",
@@ -30,8 +31,8 @@ def get_config(variant: str = "") -> ConfigDict:
         model=dict(call="research.pretrained.huggingface.load_model", path=SMOLLM2, kind="causal_lm"),
     )
     config.init = dict(path=SMOLLM2)
-    config.data = data("train[:640]")
-    config.evals = dict(test=dict(call="research.evaluators.means.Means", data=data("test[:128]")))
+    config.data = data("train")
+    config.evals = dict(test=dict(call="research.evaluators.means.Means", data=data("test[464:560]")))
     config.optimizer = dict(
         learning_rate=1e-5, schedule="linear", warmup=0.1, weight_decay=0.0, clip_norm=1.0, freeze=("^reference/",)
     )
@@ -83,7 +84,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
         max_positions=256,
     )
     config = tiny_run(tiny_text_data(config, LABELS))
-    for node in (config.data, config.evals.test.data):
+    for node in datasets(config):
         node.length_buckets, node.window = 1, 3
         node.ops[1]["max_length"] = 160
     config.decoding.max_new_tokens = 8

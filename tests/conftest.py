@@ -66,6 +66,13 @@ SLOW = {
     ],
     "tasks/diffusion": ["test_it_learns_drawn_shapes[v", "test_it_learns_drawn_shapes[flow"],
     "tasks/image_classification": ["test_a_teacher_of_another_run", "test_the_distillation_token_learns"],
+    "tasks/preferences": [
+        *(f"test_it_learns_and_the_reference_stays_bit_identical[{name}" for name in ("ipo", "kto", "simpo", "orpo")),
+        *(
+            f"test_padding_chunks_and_what_is_masked_change_neither_loss_nor_gradient[{name}"
+            for name in ("dpo", "ipo", "simpo")
+        ),
+    ],
     "tasks/tokens": [
         "test_chunks_change_neither_the_loss_nor_the_gradient[1",
         "test_the_loss_and_its_gradient_are_those_of_all_logits[0",
