@@ -1,10 +1,10 @@
 """Teaches SmolLM2-135M-Instruct which of two words on a film review to prefer: preference tuning by DPO.
 
-Data: the movie-review snippets of configs/movie_snippets.py, and 96 of the middle of its test set, which begins with
-positive ones and ends with negative ones. The prompt asks whether a snippet is positive or
-negative; the chosen answer is the right one, the rejected one the other. Reported is the held-out share of pairs whose
-chosen answer has the greater reward ("accuracy") and whose chosen answer is the likelier one ("likelier"), the only one
-of the two that says something before training, when all rewards are 0.
+Data: the movie-review snippets of configs/movie_snippets.py, and of its test set, which begins with positive ones and
+ends with negative ones, 95 of the middle. The prompt asks whether a snippet is positive or negative; the chosen answer
+is the right one, the rejected one the other. Reported is the held-out share of pairs whose chosen answer has the
+greater reward ("accuracy"), and of those whose chosen answer is the likelier one ("likelier"), the only one of the two
+that says something before training, when all rewards are 0.
 Weights: SmolLM2-135M-Instruct (Ben Allal 2025) in its 4-bit form, from the Python package registry.
 Hardware: 2 CPU cores, 5 GB of memory.
 `:before` takes no step: it measures the weights as they were published. `:simpo` and `:orpo` need no reference. `:tiny`
@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.init = dict(path=SMOLLM2)
     config.data = data("train")
-    config.evals = dict(test=dict(call="research.evaluators.means.Means", data=data("test[464:560]")))
+    config.evals = dict(test=dict(call="research.evaluators.means.Means", data=data("test[44%:53%]")))
     config.optimizer = dict(
         learning_rate=1e-5, schedule="linear", warmup=0.1, weight_decay=0.0, clip_norm=1.0, freeze=("^reference/",)
     )

@@ -36,6 +36,7 @@ SLOW = {
         *("test_tiny_learns[grokking", "test_tiny_learns[libreoffice_translation.py-tiny"),
         *("test_tiny_learns[conll2003", "test_tiny_learns[dit_fashion_mnist", "test_tiny_learns[bert_pretraining"),
         "test_builds_and_its_step_has_shapes[bert_pretraining.py-jane_austen",
+        *(f"test_builds_and_its_step_has_shapes[snippet_preferences.py-{name}" for name in ("before", "orpo", "tiny")),
         # Sizes of a recipe, of which the default suite builds the smallest or the default, and the largest.
         *(
             f"test_builds_and_its_step_has_shapes[dit_imagenet.py-{size}"
