@@ -19,7 +19,7 @@ def init(model: nn.Module, rng: jax.Array, spec: Spec, inputs: Sequence[str]) ->
     return model.init(rng, *zeros)["params"]
 
 
-def check(spec: Spec, needed: Sequence[str], most: int | None = None) -> None:
+def check(spec: Spec | Batch, needed: Sequence[str], most: int | None = None) -> None:
     """Raise UserError if a feature is missing, or if "input_ids" are longer than `most`, the model's positions."""
     for name in needed:
         if name not in spec:

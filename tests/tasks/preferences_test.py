@@ -16,6 +16,7 @@ from research.experiment import Experiment
 from research.models import gpt
 from research.optimizer import make_optimizer
 from research.pretrained import huggingface
+from research.reporting import figures
 from research.tasks import preferences
 from research.tasks.preferences import OBJECTIVES, Preferences
 
@@ -193,10 +194,11 @@ def test_what_is_wrong_is_said():
     packed = spec(batch() | {"positions": np.zeros((B, T), np.int32)})
     with pytest.raises(UserError, match=r"config.data.pack: pairs are not packed"):
         objective("dpo").init(jax.random.key(0), packed)
+    lacking = "rejected_targets"
     with pytest.raises(UserError, match=r"'rejected_targets' is missing"):
-        objective("orpo").metrics(params(), {k: v for k, v in batch().items() if k != "rejected_targets"})
+        jax.eval_shape(objective("orpo").metrics, params(), {k: v for k, v in batch().items() if k != lacking})
     with pytest.raises(UserError, match=r"kto compares a prompt with other answers; it needs 2 pairs or more"):
-        objective("kto").metrics(params(), {k: v[:1] for k, v in batch().items()})
+        jax.eval_shape(objective("kto").metrics, params(), {k: v[:1] for k, v in batch().items()})
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,9 @@ def tuned(tmp_path_factory):
     config.task.reference_dtype = "bfloat16"
     config.update(init={"path": path}, num_steps=3)
     config.log.evaluate_every_steps = 0
-    train.run(config, folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "curves", lambda *_, **__: None)  # they take longer to draw than all else
+        train.run(config, folder / "run")
     return config, published, folder
 
 
