@@ -79,9 +79,9 @@ def score(
         plain = token_losses(logits_BxTxV, targets)[0] if label_smoothing or z_loss else losses
         return tuple(jnp.where(weights != 0, x * weights, 0.0).sum() for x in (losses, plain, correct))
 
-    block = _block(model, params, hidden_BxTxD, chunk)
+    size = block(model, params, hidden_BxTxD, chunk)
     with jax.named_scope("loss"):
-        loss, plain, correct = in_blocks(sums, block, params, hidden_BxTxD, targets_BxT, weights_BxT)
+        loss, plain, correct = in_blocks(sums, size, params, hidden_BxTxD, targets_BxT, weights_BxT)
     count = weights_BxT.sum()
     means = {"loss": Mean(loss, count), "accuracy": Mean(correct, count)}
     if "target_bytes" in batch:
@@ -100,11 +100,11 @@ def log_likelihoods(
         return -jnp.where(weights != 0, losses * weights, 0.0).sum(axis=1)
 
     with jax.named_scope("loss"):
-        block = _block(model, params, hidden_BxTxD, chunk)
-        return by_row(sums, block, hidden_BxTxD, batch["targets"], batch["target_mask"])
+        size = block(model, params, hidden_BxTxD, chunk)
+        return by_row(sums, size, hidden_BxTxD, batch["targets"], batch["target_mask"])
 
 
-def _block(model: nn.Module, params: Params, hidden_BxTxD: jax.Array, chunk: int | None) -> int:
+def block(model: nn.Module, params: Params, hidden_BxTxD: jax.Array, chunk: int | None) -> int:
     """Return how many positions of a row to compute the logits of at once; see `score`."""
     if chunk is None:
         every = jax.eval_shape(functools.partial(logits, model), params, hidden_BxTxD)
