@@ -129,6 +129,7 @@ SLOW = {
     ],
     "predict_images": ["test_one_image_and_json_lines"],
     "sharding": [
+        "test_four_devices_compute_what_one_does[finetune_preferences",
         "test_four_devices_compute_what_one_does[detr",
         "test_four_devices_compute_what_one_does[dit",
         "test_four_devices_compute_what_one_does[mae",

@@ -14,7 +14,7 @@ from research.data import tokenizer
 from research.errors import UserError
 from research.experiment import Experiment
 from research.models import gpt
-from research.optimizer import make_optimizer
+from research.optimizer import evaluation_params, make_optimizer
 from research.pretrained import huggingface
 from research.reporting import figures
 from research.tasks import preferences
@@ -156,7 +156,7 @@ def test_it_learns_and_the_reference_stays_bit_identical(name):
 
     task, rows, held_out = objective(name, reference_dtype="bfloat16"), pairs(16), pairs(64)
     freeze = {"freeze": task.fixed} if task.fixed else {}
-    optimizer = make_optimizer(20, 2e-2, weight_decay=0.1, **freeze)
+    optimizer = make_optimizer(20, 2e-2, weight_decay=0.1, average=0.9, **freeze)
     state = jax.jit(lambda: step.init_state(task, optimizer, spec(rows), 0))()
     first = jax.tree.map(np.asarray, state.params)
     train = jax.jit(functools.partial(step.train_step, task, optimizer))
@@ -171,8 +171,9 @@ def test_it_learns_and_the_reference_stays_bit_identical(name):
     assert float(after["accuracy"].compute()) > 0.7
     assert ("reference" in first) == bool(task.fixed)
     if task.fixed:
-        kept = state.params["reference"]
-        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), kept, first["reference"]))
+        for weights in (state.params, evaluation_params(state.params, state.opt_state)):
+            kept = weights["reference"]
+            assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), kept, first["reference"]))
         rounded = jax.tree.map(lambda x: jnp.asarray(x, "bfloat16"), {k: first[k] for k in kept})
         assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), kept, rounded))
 
