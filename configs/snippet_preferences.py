@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 8
-    config.num_steps = 40
+    config.num_steps = 30
     config.tokenizer = dict(call="research.data.tokenizer.load", path=SMOLLM2)
     config.task = dict(
         call="research.tasks.preferences.Preferences",
