@@ -6,7 +6,8 @@ is the right one, the rejected one the other. Reported is the held-out share of 
 greater reward ("accuracy"), and of those whose chosen answer is the likelier one ("likelier"), the only one of the two
 that says something before training, when all rewards are 0.
 Weights: SmolLM2-135M-Instruct (Ben Allal 2025) in its 4-bit form, from the Python package registry.
-Hardware: 2 CPU cores, 5 GB of memory.
+Expected, of one run: likelier rises from 0.57 to 0.83, accuracy from 0.5, as all pairs are equal, to 0.78.
+Hardware: 2 CPU cores, 20 minutes, 10 GB of memory.
 `:before` takes no step: it measures the weights as they were published. `:simpo` and `:orpo` need no reference. `:tiny`
 needs neither network nor files and takes seconds.
 """
