@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.traverse_util
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ from research.errors import UserError, nearest
 from research.generation.decoding import Decoding
 from research.optimizer import Optimizer
 from research.reporting.record import read_config
-from research.task import Borrows, Params, Spec, Task
+from research.task import Borrows, KeepsStart, Params, Spec, Task
 
 KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
@@ -95,15 +96,24 @@ class Experiment:
         for name in ("mesh", "tokenizer", "data", "task", "evaluators", "optimizer", "log", "abstract_state"):
             getattr(self, name)
         for pattern in self._borrowed:
-            theirs = f"the parameters '{pattern}' of {type(self.task).__name__} come from another run"
             if not self.config.get("init"):
-                raise UserError(f"config.init: it is missing, and {theirs}")
+                raise UserError(f"config.init: it is missing, and {self._others(pattern)}")
+        for pattern in self.fixed:
             if pattern not in (self._section("optimizer").get("freeze") or ()):
-                raise UserError(f"config.optimizer.freeze: '{pattern}' is missing, and {theirs}")
+                raise UserError(f"config.optimizer.freeze: '{pattern}' is missing, and {self._others(pattern)}")
 
     @property
     def _borrowed(self) -> tuple[str, ...]:
         return self.task.borrowed if isinstance(self.task, Borrows) else ()
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Regular expressions of the parameters that are not the model's own: another run's, or of the start."""
+        return self._borrowed + (self.task.fixed if isinstance(self.task, KeepsStart) else ())
+
+    def _others(self, pattern: str) -> str:
+        where = "come from another run" if pattern in self._borrowed else "stay as they are when training begins"
+        return f"the parameters '{pattern}' of {type(self.task).__name__} {where}"
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -244,7 +254,7 @@ class Experiment:
         """Read the weights that `config.init` names; None where the parameters it lacks are to be initialised."""
         if not self.config.get("init"):
             return None
-        shapes = self.abstract_state.params
+        shapes = self._model_shapes
         loaded, report = self._invoke("init", model=self.task.model, params_shape=shapes)
         if lost := [name for name in report.new for pattern in self._borrowed if re.search(pattern, name)]:
             raise UserError(f"config.init: it lacks {lost[0]}, which must come from another run")
@@ -259,6 +269,12 @@ class Experiment:
             return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: x[index])
 
         return jax.tree.map(place, loaded, shapes)
+
+    @property
+    def _model_shapes(self) -> Params:
+        """The shapes of the parameters that weights are read for: all but what the task keeps of its start."""
+        shapes = self.abstract_state.params
+        return own(shapes, self.task.fixed) if isinstance(self.task, KeepsStart) else shapes
 
     def checkpoints(self, workdir: pathlib.Path, read_only: bool = False) -> Checkpoints:
         """Open the checkpoints of the run in `workdir`."""
@@ -291,6 +307,13 @@ class Experiment:
         target = locate(section.get("call") or SECTIONS[key], f"config.{key}")
         arguments = build({k: section[k] for k in section if k != "call"}, f"config.{key}", **context)
         return invoke(target, arguments, f"config.{key}", **context)
+
+
+def own(params: Params, fixed: Sequence[str]) -> Params:
+    """Return the parameters whose path none of the regular expressions matches."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    kept = {name: leaf for name, leaf in flat.items() if not any(re.search(pattern, name) for pattern in fixed)}
+    return flax.traverse_util.unflatten_dict(kept, sep="/")
 
 
 def _check(config: ConfigDict) -> None:

@@ -1,12 +1,10 @@
 """A checkpoint as a folder that `transformers`' from_pretrained loads."""
 
 import pathlib
-import re
 import tempfile
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 from ml_collections import ConfigDict
 
@@ -14,12 +12,12 @@ from research import storage
 from research.build import build
 from research.data.tokenizer import Tokenizer
 from research.evaluate import restore_params
-from research.experiment import Experiment
+from research.experiment import Experiment, own
 from research.models import vit
 from research.models.encoder_decoder import EncoderDecoder
 from research.pretrained import huggingface, preprocessor
 from research.reporting.record import write_json
-from research.task import Borrows, Params
+from research.task import Params
 
 PROBLEMS = {
     "softmax": "single_label_classification",
@@ -48,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
     step, params = restore_params(experiment, workdir, checkpoint)
     folder = storage.path(output) if output else workdir / "export"
     tokenizer = experiment.tokenizer
-    model, params = at_trained_size(experiment, jax.device_get(own(params, experiment)))
+    model, params = at_trained_size(experiment, jax.device_get(own(params, experiment.fixed)))
     names = getattr(experiment.task, "label_names", ())
     outputs = getattr(model, "num_outputs", 0)
     labels = names[-outputs:] if names and outputs else None  # of two labels on one output, the second
@@ -68,14 +66,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
         )
     print(f"wrote the checkpoint of step {step} to {folder}")
     return folder
-
-
-def own(params: Params, experiment: Experiment) -> Params:
-    """Return the parameters of the model, without those that its task borrows, such as a teacher's."""
-    borrowed = experiment.task.borrowed if isinstance(experiment.task, Borrows) else ()
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    kept = {name: leaf for name, leaf in flat.items() if not any(re.search(pattern, name) for pattern in borrowed)}
-    return flax.traverse_util.unflatten_dict(kept, sep="/")
 
 
 def at_trained_size(experiment: Experiment, params: Params) -> tuple[nn.Module, Params]:

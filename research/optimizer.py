@@ -192,7 +192,7 @@ def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
     def update(updates: Params, state: AverageState, params: Params, **_: Any) -> tuple[Params, AverageState]:
         new = optax.apply_updates(params, updates)
         kept = jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
-        average = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, state.average, new)
+        average = jax.tree.map(lambda a, p: (kept * a + (1 - kept) * p).astype(a.dtype), state.average, new)
         return updates, AverageState(state.updates + 1, average)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -10,7 +10,7 @@ import optax
 from research import sharding
 from research.metrics import Mean, merge
 from research.optimizer import Optimizer
-from research.task import Batch, Params, Spec, Task
+from research.task import Batch, KeepsStart, Params, Spec, Task
 
 
 @flax.struct.dataclass
@@ -33,12 +33,14 @@ class TrainState:
 def init_state(task: Task, optimizer: Optimizer, spec: Spec, seed: int, loaded: Params | None = None) -> TrainState:
     """Return the state before the first step; pure, so that it can be shape-evaluated and jitted with shardings.
 
-    `loaded` is a tree like the parameters, with None for those that are to be initialised.
+    `loaded` is a tree like the model's parameters, with None for those that are to be initialised.
     """
     init_rng, step_rng = jax.random.split(jax.random.key(seed))
     params = task.init(init_rng, spec)
     if loaded is not None:
         params = jax.tree.map(lambda new, old: new if old is None else old, params, loaded)
+    if isinstance(task, KeepsStart):
+        params = task.start(params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(step_rng))
 
 

@@ -72,3 +72,23 @@ class Borrows(Protocol):
     """
 
     borrowed: tuple[str, ...]
+
+
+@runtime_checkable
+class KeepsStart(Protocol):
+    """A task that compares its model with what it was when training began, as preferences do with their reference.
+
+    `Task.init` and `config.init` make the parameters of the model; what `start` adds to them is fixed.
+
+    Attributes:
+      fixed: regular expressions that match the paths of what it adds; none where it adds nothing.
+    """
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """See above."""
+        ...
+
+    def start(self, params: Params) -> Params:
+        """Return the parameters that training begins with, of those of the model; pure."""
+        ...

@@ -55,6 +55,7 @@ SAME += [
     ("transformer_wmt14.py", "tiny"),  # libreoffice_translation
     ("summarize_cnn_dailymail.py", "tiny"),  # finetune_seq2seq
     ("chat_translation.py", "tiny"),  # finetune_chat
+    ("snippet_preferences.py", "tiny"),  # finetune_preferences
 ]
 TINY = [key for key in CONFIGS if key[1].endswith("tiny") and key not in SAME]
 
@@ -128,7 +129,7 @@ def get_config(key):
 def offline(hub, tmp_path, monkeypatch):
     """Stands in for all that is fetched."""
     snippets = tmp_path / "snippets.txt"
-    snippets.write_text("".join(f"{i}\t{(-1) ** i}\tsnippet number {i}\n" for i in range(40)))
+    snippets.write_text("".join(f"{i}\t{(-1) ** i}\tsnippet number {i}\n" for i in range(200)))
     questions = tmp_path / "questions.jsonl"
     lines = [{"passage": f"Passage {i} .", "question": "which ?", "answer": str(i)} for i in range(40)]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -226,10 +227,13 @@ def own_files(config, folder):
         "research.data.files.pairs": write_table(folder / "pairs.csv", ["source", "target"]),
         "research.data.files.text": str(folder / "text.txt"),
         "research.data.files.chat": str(folder / "chat.jsonl"),
+        "research.data.files.preferences": str(folder / "preferences.jsonl"),
     }
     (folder / "text.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(40)))
     turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}] for i in range(40)]
     (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    pairs = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(40)]
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     if config.data.source.call in files:
         config.data.source.train = files[config.data.source.call]
     if config.data.source.call == "research.data.source.image_folder":

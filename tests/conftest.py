@@ -36,6 +36,7 @@ SLOW = {
         *("test_tiny_learns[grokking", "test_tiny_learns[libreoffice_translation.py-tiny"),
         *("test_tiny_learns[conll2003", "test_tiny_learns[dit_fashion_mnist", "test_tiny_learns[bert_pretraining"),
         "test_builds_and_its_step_has_shapes[bert_pretraining.py-jane_austen",
+        *(f"test_builds_and_its_step_has_shapes[snippet_preferences.py-{name}" for name in ("before", "orpo", "tiny")),
         # Sizes of a recipe, of which the default suite builds the smallest or the default, and the largest.
         *(
             f"test_builds_and_its_step_has_shapes[dit_imagenet.py-{size}"
@@ -66,6 +67,18 @@ SLOW = {
     ],
     "tasks/diffusion": ["test_it_learns_drawn_shapes[v", "test_it_learns_drawn_shapes[flow"],
     "tasks/image_classification": ["test_a_teacher_of_another_run", "test_the_distillation_token_learns"],
+    "tasks/lm_distillation": [
+        "test_a_student_that_is_its_teacher",
+        "test_the_divergence_is_its_formula[reverse-2",
+        *(f"test_the_divergence_is_its_formula[{name}-1.0-1.0" for name in ("forward", "reverse")),
+    ],
+    "tasks/preferences": [
+        *(f"test_it_learns_and_the_reference_stays_bit_identical[{name}" for name in ("ipo", "kto", "simpo", "orpo")),
+        *(
+            f"test_padding_chunks_and_what_is_masked_change_neither_loss_nor_gradient[{name}"
+            for name in ("dpo", "ipo", "simpo", "orpo")
+        ),
+    ],
     "tasks/tokens": [
         "test_chunks_change_neither_the_loss_nor_the_gradient[1",
         "test_the_loss_and_its_gradient_are_those_of_all_logits[0",
@@ -121,6 +134,7 @@ SLOW = {
     ],
     "predict_images": ["test_one_image_and_json_lines"],
     "sharding": [
+        "test_four_devices_compute_what_one_does[finetune_preferences",
         "test_four_devices_compute_what_one_does[detr",
         "test_four_devices_compute_what_one_does[dit",
         "test_four_devices_compute_what_one_does[mae",

@@ -46,6 +46,7 @@ def folder(tmp_path, monkeypatch):
     task = types.SimpleNamespace(model=MODEL)
     experiment = types.SimpleNamespace(
         task=task,
+        fixed=(),
         tokenizer=Text(tokenizer.byte_level()),
         label_names=(),
         decoding=Decoding(),

@@ -17,7 +17,13 @@ from research.experiment import Experiment
 from research.step import TrainState
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-NAMES = ("vit_imagenet:deit-tiny", "mae_fashion_mnist:tiny", "detr_garments:tiny", "dit_fashion_mnist:tiny")
+NAMES = (
+    "finetune_preferences:tiny",
+    "vit_imagenet:deit-tiny",
+    "mae_fashion_mnist:tiny",
+    "detr_garments:tiny",
+    "dit_fashion_mnist:tiny",
+)
 MESH = {"fsdp": 2, "model": 2}
 STEPS, RATE = 2, 1e-3
 # Optimizers whose state has other shapes than the parameters, and a state that is split where parameters are not.

@@ -61,22 +61,32 @@ class ChatTokens:
         """Return the example with its features, or nothing."""
         messages = _messages(example, self.messages)
         if all(message["role"] != "assistant" for message in messages):
-            return [example | self._question(messages)]
-        answers = answer_spans(self._tokenizer, messages)
-        ids, offsets = encode(self._tokenizer, messages)
-        tokens = np.array(ids[: self.max_length + 1], np.int32)
-        begin, end = np.array(offsets[: self.max_length + 1], np.int64).reshape(-1, 2).T
-        learnt = np.zeros(len(tokens), bool)
-        for first, last in answers:
-            learnt |= (end > first) & (begin < last)
-        if not learnt[1:].any():
-            return []
-        made = {"input_ids": tokens[:-1], "targets": tokens[1:], "target_mask": learnt[1:].astype(np.float32)}
-        return [example | made | {"attention_mask": np.ones(len(tokens) - 1, np.int32)}]
+            return [example | question(self._tokenizer, messages, self.max_length)]
+        made = learnt(self._tokenizer, messages, answer_spans(self._tokenizer, messages), self.max_length)
+        return [example | made] if made["target_mask"].any() else []
 
-    def _question(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        ids = encode(self._tokenizer, messages, add_generation_prompt=True)[0][-self.max_length :]
-        return {"input_ids": np.array(ids, np.int32), "attention_mask": np.ones(len(ids), np.int32)}
+
+def learnt(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], answers: Sequence[tuple[int, int]], max_length: int
+) -> dict[str, np.ndarray]:
+    """Return `input_ids`, `targets`, `target_mask` and `attention_mask` of a conversation, at most `max_length` tokens.
+
+    `answers` says where in its text, in characters, the targets count.
+    """
+    ids, offsets = encode(tokenizer, messages)
+    tokens = np.array(ids[: max_length + 1], np.int32)
+    begin, end = np.array(offsets[: max_length + 1], np.int64).reshape(-1, 2).T
+    counts = np.zeros(len(tokens), bool)
+    for first, last in answers:
+        counts |= (end > first) & (begin < last)
+    made = {"input_ids": tokens[:-1], "targets": tokens[1:], "target_mask": counts[1:].astype(np.float32)}
+    return made | {"attention_mask": np.ones(len(tokens) - 1, np.int32)}
+
+
+def question(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], max_length: int) -> dict[str, np.ndarray]:
+    """Return `input_ids` and `attention_mask` up to where the answer begins, the last `max_length` tokens."""
+    ids = encode(tokenizer, messages, add_generation_prompt=True)[0][-max_length:]
+    return {"input_ids": np.array(ids, np.int32), "attention_mask": np.ones(len(ids), np.int32)}
 
 
 def encode(

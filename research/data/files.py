@@ -1,6 +1,6 @@
 """The user's own files, and data sets of the hub, for language work.
 
-Documents, pairs, conversations, questions in SQuAD's format, or rows as they are.
+Documents, pairs, conversations, preferences, questions in SQuAD's format, or rows as they are.
 
 Files are read whole and held in memory. All are read, so that all are checked, whichever split is asked for, and every
 bad row is named by file and line. Parquet and JSON lines of more than `IN_MEMORY` bytes are left where they are: see
@@ -28,6 +28,7 @@ import numpy as np
 
 from research import assets, storage
 from research.data import hub, row_access, rows
+from research.data.preferences import FIELDS, conversations
 from research.data.source import Source
 from research.errors import UserError, nearest
 
@@ -144,6 +145,42 @@ def chat(
 
     paths = {"train": train, "validation": validation, "test": test}
     return _source(paths, row_access.SUFFIXES, read, _prompt, split, held_out, _Rows((messages,), conversation))
+
+
+def preferences(
+    train: Paths,
+    validation: Paths | None = None,
+    test: Paths | None = None,
+    split: str = "train",
+    held_out: float = 0.0,
+    prompt: str = "prompt",
+    chosen: str = "chosen",
+    rejected: str = "rejected",
+) -> Source:
+    """Return preferences: {"prompt": messages, "chosen": messages, "rejected": messages}.
+
+    Args:
+      train, validation, test: JSON lines (.jsonl, .ndjson) or .parquet.
+      split, held_out: see above; preferences of equal prompts stay together.
+      prompt: the field of what is answered, a text or messages; "" where both answers are whole conversations, of
+        which the prompt is what they have in common.
+      chosen, rejected: the fields of the answers, texts or messages.
+
+    Raises:
+      UserError: no such file, field or split; bad rows, those whose two answers are the same among them.
+    """
+    fields = (prompt, chosen, rejected)
+    preference = functools.partial(_preference, fields=fields)
+    wanted = tuple(field for field in fields if field)
+
+    def read(path: pathlib.Path, problems: list[str]) -> Iterator[Example]:
+        return _table(path, problems, wanted, preference)
+
+    def key(example: Example) -> str:
+        return json.dumps([(message["role"], message["content"]) for message in example["prompt"]])
+
+    paths = {"train": train, "validation": validation, "test": test}
+    return _source(paths, row_access.SUFFIXES, read, key, split, held_out, _Rows(wanted, preference))
 
 
 def table_rows(
@@ -343,6 +380,14 @@ def _conversation(row: dict[str, Any], column: str) -> Example:
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message is the assistant's")
     return {"messages": messages}
+
+
+def _preference(row: dict[str, Any], fields: Sequence[str]) -> Example:
+    try:
+        made = conversations(*(row.get(field) for field in fields))
+    except UserError as error:  # of messages that are none
+        raise ValueError(str(error)) from None
+    return dict(zip(FIELDS, made))
 
 
 def _prompt(example: Example) -> str:

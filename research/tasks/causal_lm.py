@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from research.data.tokenizer import Tokenizer
@@ -15,7 +14,6 @@ from research.generation.sampling import generate
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
 from research.tasks import tokens
-from research.tasks.cross_entropy import token_losses
 
 INPUTS = ("input_ids", "attention_mask", "positions")
 
@@ -64,13 +62,8 @@ class CausalLM:
         if "targets" not in batch:
             return {"tokens": generate(self.model, params, batch, self.decoding, self.tokenizer, rng)}
         hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, {})
-        logits_BxTxV = tokens.logits(self.model, params, hidden_BxTxD)
-        losses_BxT, _ = token_losses(logits_BxTxV, batch["targets"])
-        weights_BxT = batch["target_mask"]
-        return {
-            "log_likelihood": -jnp.where(weights_BxT != 0, losses_BxT * weights_BxT, 0.0).sum(axis=1),
-            "targets": weights_BxT.sum(axis=1),
-        }
+        likelihood_B = tokens.log_likelihoods(self.model, params, hidden_BxTxD, batch, self.logits_chunk)
+        return {"log_likelihood": likelihood_B, "targets": batch["target_mask"].sum(axis=1)}
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
         """Return one text's log-likelihood, in nats, its number of tokens and its perplexity; or its continuation."""

@@ -134,6 +134,28 @@ def in_blocks(
     return total(own, blocks)
 
 
+def by_row(sums: Callable[..., jax.Array], block: int, hidden_BxTxD: jax.Array, *others: jax.Array) -> jax.Array:
+    """Return what `sums` gives each row, [B], added up over blocks of positions; each is computed again for a gradient.
+
+    Unlike `in_blocks` the gradient may be of any function of the sums, and is known once all of them are.
+
+    Args:
+      sums: maps hidden states [B, block, D] and the others' blocks to float32 [B].
+      block: positions.
+      hidden_BxTxD: hidden states.
+      *others: arrays [B, T]; the last positions may be filled up with zeros.
+    """
+    if block >= hidden_BxTxD.shape[1]:
+        return sums(hidden_BxTxD, *others)
+    blocks = [_split(x, block) for x in (hidden_BxTxD, *others)]
+
+    @jax.checkpoint
+    def add(total_B: jax.Array, part: Sequence[jax.Array]) -> tuple[jax.Array, None]:
+        return total_B + sums(*part), None
+
+    return jax.lax.scan(add, jnp.zeros(hidden_BxTxD.shape[0], jnp.float32), blocks)[0]
+
+
 def _add_up(one: Callable[[Sequence[jax.Array]], tuple[Any, Any]], blocks: Sequence[jax.Array]) -> tuple[Any, Any]:
     """Return the sum of what `one` returns first of each block, and all that it returns second, stacked."""
     if len(blocks[0]) == 1:

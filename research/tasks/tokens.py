@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from research.errors import UserError, nearest
 from research.metrics import Mean
 from research.task import Batch, Params, Spec
-from research.tasks.cross_entropy import block_size, in_blocks, token_losses
+from research.tasks.cross_entropy import block_size, by_row, in_blocks, token_losses
 
 
 def init(model: nn.Module, rng: jax.Array, spec: Spec, inputs: Sequence[str]) -> Params:
@@ -19,7 +19,7 @@ def init(model: nn.Module, rng: jax.Array, spec: Spec, inputs: Sequence[str]) ->
     return model.init(rng, *zeros)["params"]
 
 
-def check(spec: Spec, needed: Sequence[str], most: int | None = None) -> None:
+def check(spec: Spec | Batch, needed: Sequence[str], most: int | None = None) -> None:
     """Raise UserError if a feature is missing, or if "input_ids" are longer than `most`, the model's positions."""
     for name in needed:
         if name not in spec:
@@ -79,15 +79,34 @@ def score(
         plain = token_losses(logits_BxTxV, targets)[0] if label_smoothing or z_loss else losses
         return tuple(jnp.where(weights != 0, x * weights, 0.0).sum() for x in (losses, plain, correct))
 
-    length = targets_BxT.shape[1]
-    if chunk is None:
-        every = jax.eval_shape(functools.partial(logits, model), params, hidden_BxTxD)
-        chunk = block_size(every.shape, hidden_BxTxD.dtype)
+    size = block(model, params, hidden_BxTxD, chunk)
     with jax.named_scope("loss"):
-        loss, plain, correct = in_blocks(sums, chunk or length, params, hidden_BxTxD, targets_BxT, weights_BxT)
+        loss, plain, correct = in_blocks(sums, size, params, hidden_BxTxD, targets_BxT, weights_BxT)
     count = weights_BxT.sum()
     means = {"loss": Mean(loss, count), "accuracy": Mean(correct, count)}
     if "target_bytes" in batch:
         bytes_ = (batch["target_bytes"] * weights_BxT).sum()
         means["bits_per_byte"] = Mean(plain / jnp.log(2.0), bytes_)
     return means
+
+
+def log_likelihoods(
+    model: nn.Module, params: Params, hidden_BxTxD: jax.Array, batch: Batch, chunk: int | None = None
+) -> jax.Array:
+    """Return the log-likelihood float32 [B] of each row's targets, in nats; see `score` for the arguments."""
+
+    def sums(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        losses, _ = token_losses(logits(model, params, hidden), targets)
+        return -jnp.where(weights != 0, losses * weights, 0.0).sum(axis=1)
+
+    with jax.named_scope("loss"):
+        size = block(model, params, hidden_BxTxD, chunk)
+        return by_row(sums, size, hidden_BxTxD, batch["targets"], batch["target_mask"])
+
+
+def block(model: nn.Module, params: Params, hidden_BxTxD: jax.Array, chunk: int | None) -> int:
+    """Return how many positions of a row to compute the logits of at once; see `score`."""
+    if chunk is None:
+        every = jax.eval_shape(functools.partial(logits, model), params, hidden_BxTxD)
+        return block_size(every.shape, hidden_BxTxD.dtype)
+    return chunk or hidden_BxTxD.shape[1]
