@@ -86,6 +86,6 @@ def restore_params(experiment: Experiment, workdir: pathlib.Path, checkpoint: st
         if step is None:
             raise UserError(f"--checkpoint: '{checkpoint}' is not among latest, best, {', '.join(map(str, steps))}")
         state, _ = checkpoints.read(step, experiment.abstract_state)
-        return step, evaluation_params(state.params, state.opt_state)
+        return step, experiment.merged(evaluation_params(state.params, state.opt_state))
     finally:
         checkpoints.close()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,7 +26,7 @@ from research.errors import UserError, nearest
 from research.generation.decoding import Decoding
 from research.optimizer import Optimizer
 from research.reporting.record import read_config
-from research.task import Borrows, Params, Spec, Task
+from research.task import Adapts, Borrows, Params, Spec, Task
 
 KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
@@ -94,6 +95,8 @@ class Experiment:
         """Build all that training needs, so that a mistake anywhere in the config is found before any work is done."""
         for name in ("mesh", "tokenizer", "data", "task", "evaluators", "optimizer", "log", "abstract_state"):
             getattr(self, name)
+        if isinstance(self.trained_task, Adapts) and "^base/" not in (self._section("optimizer").get("freeze") or ()):
+            raise UserError(f"config.optimizer.freeze: '^base/' is missing; {type(self.trained_task).__name__} needs it")
         for pattern in self._borrowed:
             theirs = f"the parameters '{pattern}' of {type(self.task).__name__} come from another run"
             if not self.config.get("init"):
@@ -104,6 +107,14 @@ class Experiment:
     @property
     def _borrowed(self) -> tuple[str, ...]:
         return self.task.borrowed if isinstance(self.task, Borrows) else ()
+
+    @property
+    def _task_node(self) -> ConfigDict:
+        """The section of the task itself, inside of those that adapt it."""
+        node = self.config.task
+        while isinstance(node.get("task"), ConfigDict):
+            node = node.task
+        return node
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -170,11 +181,16 @@ class Experiment:
     @functools.cached_property
     def label_names(self) -> tuple[str, ...]:
         """The names of the classes: the config's, or the training data's; () where there are none."""
-        return tuple(self.config.task.get("label_names") or self.derived["label_names"])
+        return tuple(self._task_node.get("label_names") or self.derived["label_names"])
 
     @functools.cached_property
     def task(self) -> Task:
-        """The model and its objective."""
+        """The model and its objective: what evaluates and predicts."""
+        return self.trained_task.task if isinstance(self.trained_task, Adapts) else self.trained_task
+
+    @functools.cached_property
+    def trained_task(self) -> Task:
+        """What the step trains: the task, or what adapts it."""
         context = self._basics | {"mesh": self.mesh, "label_names": self.label_names, "decoding": self.decoding}
         if self.tokenizer is not None:
             context["vocab_size"] = self.tokenizer.vocab_size
@@ -182,7 +198,7 @@ class Experiment:
             context["vocab_size"] = self._assumed["vocab_size"]
         if self.label_names:
             context["num_outputs"] = len(self.label_names)
-        elif self.config.task.get("objective") == "regression":
+        elif self._task_node.get("objective") == "regression":
             context["num_outputs"] = 1
         return build(self.config.task, "config.task", **context)
 
@@ -214,7 +230,7 @@ class Experiment:
     @functools.cached_property
     def abstract_state(self) -> step.TrainState:
         """The train state's shapes, dtypes and shardings."""
-        for name in ("task", "optimizer", "spec"):
+        for name in ("trained_task", "optimizer", "spec"):
             getattr(self, name)  # built outside of the trace
         shapes = jax.eval_shape(self.init_state)
         placed = sharding.state_shardings(shapes, self.mesh, self._section("mesh").get("shard_optimizer", False))
@@ -228,16 +244,21 @@ class Experiment:
 
     def init_state(self, loaded: Params | None = None) -> step.TrainState:
         """Return a new train state; pure. See `step.init_state`."""
-        return step.init_state(self.task, self.optimizer, self.spec, self.config.get("seed", 0), loaded)
+        return step.init_state(self.trained_task, self.optimizer, self.spec, self.config.get("seed", 0), loaded)
 
     def pretrained(self) -> Params | None:
         """Read the weights that `config.init` names; None where the parameters it lacks are to be initialised."""
         if not self.config.get("init"):
             return None
-        shapes = self.abstract_state.params
-        loaded, report = self._invoke("init", model=self.task.model, params_shape=shapes)
+        shapes, adapter = self.abstract_state.params, self.trained_task
+        theirs = jax.eval_shape(adapter.merge, shapes) if isinstance(adapter, Adapts) else shapes
+        loaded, report = self._invoke("init", model=self.task.model, params_shape=theirs)
         if lost := [name for name in report.new for pattern in self._borrowed if re.search(pattern, name)]:
             raise UserError(f"config.init: it lacks {lost[0]}, which must come from another run")
+        if isinstance(adapter, Adapts):
+            if lost := sorted(set(report.new) & set(flatten_dict(shapes["base"], sep="/"))):
+                raise UserError(f"config.init: it lacks {lost[0]}, which would stay random; name it in config.task.whole")
+            loaded = {**shapes, **adapter.divide(loaded)}
         if report.new:
             logging.warning("newly initialised, as the weights hold none: %s", ", ".join(report.new))
         if report.unused:
@@ -249,6 +270,10 @@ class Experiment:
             return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: x[index])
 
         return jax.tree.map(place, loaded, shapes)
+
+    def merged(self, params: Params) -> Params:
+        """Return the parameters of `task` for those of `trained_task`."""
+        return jax.jit(self.trained_task.merge)(params) if isinstance(self.trained_task, Adapts) else params
 
     def checkpoints(self, workdir: pathlib.Path, read_only: bool = False) -> Checkpoints:
         """Open the checkpoints of the run in `workdir`."""
