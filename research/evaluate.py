@@ -73,6 +73,12 @@ def scores(
 
 
 def restore_params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
+    """Return the step and the parameters of `experiment.task` of a checkpoint in `workdir`; see `restore_trained`."""
+    step, params = restore_trained(experiment, workdir, checkpoint)
+    return step, experiment.merged(params)
+
+
+def restore_trained(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
     """Return the step and the parameters, averaged where the run averages, of a checkpoint in `workdir`."""
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir: {workdir} holds no checkpoints")
@@ -86,6 +92,6 @@ def restore_params(experiment: Experiment, workdir: pathlib.Path, checkpoint: st
         if step is None:
             raise UserError(f"--checkpoint: '{checkpoint}' is not among latest, best, {', '.join(map(str, steps))}")
         state, _ = checkpoints.read(step, experiment.abstract_state)
-        return step, experiment.merged(evaluation_params(state.params, state.opt_state))
+        return step, evaluation_params(state.params, state.opt_state)
     finally:
         checkpoints.close()

@@ -95,14 +95,23 @@ class Experiment:
         """Build all that training needs, so that a mistake anywhere in the config is found before any work is done."""
         for name in ("mesh", "tokenizer", "data", "task", "evaluators", "optimizer", "log", "abstract_state"):
             getattr(self, name)
-        if isinstance(self.trained_task, Adapts) and "^base/" not in (self._section("optimizer").get("freeze") or ()):
-            raise UserError(f"config.optimizer.freeze: '^base/' is missing; {type(self.trained_task).__name__} needs it")
+        if isinstance(self.trained_task, Adapts):
+            self._check_adapter()
         for pattern in self._borrowed:
             theirs = f"the parameters '{pattern}' of {type(self.task).__name__} come from another run"
             if not self.config.get("init"):
                 raise UserError(f"config.init: it is missing, and {theirs}")
             if pattern not in (self._section("optimizer").get("freeze") or ()):
                 raise UserError(f"config.optimizer.freeze: '{pattern}' is missing, and {theirs}")
+
+    def _check_adapter(self) -> None:
+        """Raise UserError unless the optimizer leaves the base alone and keeps no copy of it."""
+        section, name = self._section("optimizer"), type(self.trained_task).__name__
+        if "^base/" not in (section.get("freeze") or ()):
+            raise UserError(f"config.optimizer.freeze: '^base/' is missing; {name} needs it")
+        for key in ("average", "schedule_free"):
+            if section.get(key) is not None:
+                raise UserError(f"config.optimizer.{key}: it would keep and change a copy of the frozen base of {name}")
 
     @property
     def _borrowed(self) -> tuple[str, ...]:
@@ -257,7 +266,9 @@ class Experiment:
             raise UserError(f"config.init: it lacks {lost[0]}, which must come from another run")
         if isinstance(adapter, Adapts):
             if lost := sorted(set(report.new) & set(flatten_dict(shapes["base"], sep="/"))):
-                raise UserError(f"config.init: it lacks {lost[0]}, which would stay random; name it in config.task.whole")
+                raise UserError(
+                    f"config.init: it lacks {lost[0]}, which would stay random; name it in config.task.whole"
+                )
             loaded = {**shapes, **adapter.divide(loaded)}
         if report.new:
             logging.warning("newly initialised, as the weights hold none: %s", ", ".join(report.new))
