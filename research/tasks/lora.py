@@ -126,7 +126,8 @@ class LoRA:
         if self.dropout and module.has_rng("dropout"):
             kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
-        down, up = (module.get_variable("params", name).astype(outputs.dtype) for name in (DOWN, UP))
+        down = module.get_variable("params", DOWN).astype(outputs.dtype)
+        up = module.get_variable("params", UP).astype(outputs.dtype)
         return outputs + (self.scale * (x.astype(outputs.dtype) @ down @ up)).astype(outputs.dtype)
 
     def _together(self, params: Params) -> dict[str, Any]:
