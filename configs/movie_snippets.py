@@ -4,7 +4,8 @@ Data: the movie-review snippets of VADER (Hutto & Gilbert 2014), 9,509 to train 
 from the Python package registry. The recipe is the usual one for BERT (Devlin 2018, section A.3).
 Expected: test accuracy 85 to 86 %, of any seed; TF-IDF and logistic regression reach 78 %.
 Hardware: 2 CPU cores, 3 to 5 minutes.
-`:tiny` needs neither network nor files and takes seconds.
+`:lora` trains low-rank adapters and the head alone. `:tiny` and `:lora-tiny` need neither network nor files and take
+seconds.
 """
 
 from ml_collections import ConfigDict
@@ -47,4 +48,27 @@ def data(split: str, length_buckets: int) -> dict:
     )
 
 
-VARIANTS = {"": lambda config: config, "tiny": lambda config: tiny_text_data(tiny_text_model(config), LABELS)}
+def lora(config: ConfigDict) -> ConfigDict:
+    """Train low-rank matrices beside the frozen attention and MLP kernels, and the new head as it is."""
+    config.task = dict(
+        call="research.tasks.lora.LoRA",
+        task=config.task.to_dict(),
+        rank=8,
+        alpha=16.0,
+        targets=["layers/.*/kernel$"],
+        whole=["^head_"],
+    )
+    config.optimizer.update(learning_rate=1e-3, freeze=["^base/"])
+    return config
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+    return tiny_text_data(tiny_text_model(config), LABELS)
+
+
+VARIANTS = {
+    "": lambda config: config,
+    "tiny": tiny,
+    "lora": lora,
+    "lora-tiny": lambda config: lora(tiny(config)),
+}

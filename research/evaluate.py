@@ -73,6 +73,12 @@ def scores(
 
 
 def restore_params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
+    """Return the step and the parameters of `experiment.task` of a checkpoint in `workdir`; see `restore_trained`."""
+    step, params = restore_trained(experiment, workdir, checkpoint)
+    return step, experiment.merged(params)
+
+
+def restore_trained(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
     """Return the step and the parameters, averaged where the run averages, of a checkpoint in `workdir`."""
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir: {workdir} holds no checkpoints")

@@ -26,7 +26,7 @@ from research.errors import UserError, nearest
 from research.generation.decoding import Decoding
 from research.optimizer import Optimizer
 from research.reporting.record import read_config
-from research.task import Borrows, KeepsStart, Params, Spec, Task
+from research.task import Adapts, Borrows, KeepsStart, Params, Spec, Task
 
 KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
@@ -95,12 +95,28 @@ class Experiment:
         """Build all that training needs, so that a mistake anywhere in the config is found before any work is done."""
         for name in ("mesh", "tokenizer", "data", "task", "evaluators", "optimizer", "log", "abstract_state"):
             getattr(self, name)
+        if isinstance(self.trained_task, Adapts):
+            self._check_adapter()
         for pattern in self._borrowed:
             if not self.config.get("init"):
                 raise UserError(f"config.init: it is missing, and {self._others(pattern)}")
         for pattern in self.fixed:
             if pattern not in (self._section("optimizer").get("freeze") or ()):
                 raise UserError(f"config.optimizer.freeze: '{pattern}' is missing, and {self._others(pattern)}")
+
+    def _check_adapter(self) -> None:
+        """Raise UserError unless the optimizer leaves the base alone and keeps no copy of it."""
+        section, name = self._section("optimizer"), type(self.trained_task).__name__
+        if "^base/" not in (section.get("freeze") or ()):
+            raise UserError(f"config.optimizer.freeze: '^base/' is missing; {name} needs it")
+        if isinstance(self.task, KeepsStart) and self.task.fixed:
+            raise UserError(
+                f"config.task.task: {type(self.task).__name__} keeps a copy of its start, which {name} does not hold; "
+                "take an objective without a reference, such as simpo or orpo"
+            )
+        for key in ("average", "schedule_free"):
+            if section.get(key) is not None:
+                raise UserError(f"config.optimizer.{key}: it would keep and change a copy of the frozen base of {name}")
 
     @property
     def _borrowed(self) -> tuple[str, ...]:
@@ -114,6 +130,14 @@ class Experiment:
     def _others(self, pattern: str) -> str:
         where = "come from another run" if pattern in self._borrowed else "stay as they are when training begins"
         return f"the parameters '{pattern}' of {type(self.task).__name__} {where}"
+
+    @property
+    def _task_node(self) -> ConfigDict:
+        """The section of the task itself, inside of those that adapt it."""
+        node = self.config.task
+        while isinstance(node.get("task"), ConfigDict):
+            node = node.task
+        return node
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -190,11 +214,16 @@ class Experiment:
     @functools.cached_property
     def label_names(self) -> tuple[str, ...]:
         """The names of the classes: the config's, or the training data's; () where there are none."""
-        return tuple(self.config.task.get("label_names") or self.derived["label_names"])
+        return tuple(self._task_node.get("label_names") or self.derived["label_names"])
 
     @functools.cached_property
     def task(self) -> Task:
-        """The model and its objective."""
+        """The model and its objective: what evaluates and predicts."""
+        return self.trained_task.task if isinstance(self.trained_task, Adapts) else self.trained_task
+
+    @functools.cached_property
+    def trained_task(self) -> Task:
+        """What the step trains: the task, or what adapts it."""
         context = self._basics | {"mesh": self.mesh, "label_names": self.label_names, "decoding": self.decoding}
         if self.tokenizer is not None:
             context["vocab_size"] = self.tokenizer.vocab_size
@@ -202,7 +231,7 @@ class Experiment:
             context["vocab_size"] = self._assumed["vocab_size"]
         if self.label_names:
             context["num_outputs"] = len(self.label_names)
-        elif self.config.task.get("objective") == "regression":
+        elif self._task_node.get("objective") == "regression":
             context["num_outputs"] = 1
         return build(self.config.task, "config.task", **context)
 
@@ -234,7 +263,7 @@ class Experiment:
     @functools.cached_property
     def abstract_state(self) -> step.TrainState:
         """The train state's shapes, dtypes and shardings."""
-        for name in ("task", "optimizer", "spec"):
+        for name in ("trained_task", "optimizer", "spec"):
             getattr(self, name)  # built outside of the trace
         shapes = jax.eval_shape(self.init_state)
         placed = sharding.state_shardings(shapes, self.mesh, self._section("mesh").get("shard_optimizer", False))
@@ -248,16 +277,23 @@ class Experiment:
 
     def init_state(self, loaded: Params | None = None) -> step.TrainState:
         """Return a new train state; pure. See `step.init_state`."""
-        return step.init_state(self.task, self.optimizer, self.spec, self.config.get("seed", 0), loaded)
+        return step.init_state(self.trained_task, self.optimizer, self.spec, self.config.get("seed", 0), loaded)
 
     def pretrained(self) -> Params | None:
         """Read the weights that `config.init` names; None where the parameters it lacks are to be initialised."""
         if not self.config.get("init"):
             return None
-        shapes = self._model_shapes
-        loaded, report = self._invoke("init", model=self.task.model, params_shape=shapes)
+        shapes, adapter = self._model_shapes, self.trained_task
+        theirs = jax.eval_shape(adapter.merge, shapes) if isinstance(adapter, Adapts) else shapes
+        loaded, report = self._invoke("init", model=self.task.model, params_shape=theirs)
         if lost := [name for name in report.new for pattern in self._borrowed if re.search(pattern, name)]:
             raise UserError(f"config.init: it lacks {lost[0]}, which must come from another run")
+        if isinstance(adapter, Adapts):
+            if lost := sorted(set(report.new) & set(flax.traverse_util.flatten_dict(shapes["base"], sep="/"))):
+                raise UserError(
+                    f"config.init: it lacks {lost[0]}, which would stay random; name it in config.task.whole"
+                )
+            loaded = {**shapes, **adapter.divide(loaded)}
         if report.new:
             logging.warning("newly initialised, as the weights hold none: %s", ", ".join(report.new))
         if report.unused:
@@ -275,6 +311,10 @@ class Experiment:
         """The shapes of the parameters that weights are read for: all but what the task keeps of its start."""
         shapes = self.abstract_state.params
         return own(shapes, self.task.fixed) if isinstance(self.task, KeepsStart) else shapes
+
+    def merged(self, params: Params) -> Params:
+        """Return the parameters of `task` for those of `trained_task`."""
+        return jax.jit(self.trained_task.merge)(params) if isinstance(self.trained_task, Adapts) else params
 
     def checkpoints(self, workdir: pathlib.Path, read_only: bool = False) -> Checkpoints:
         """Open the checkpoints of the run in `workdir`."""

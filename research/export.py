@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 from research import storage
 from research.build import build
 from research.data.tokenizer import Tokenizer
-from research.evaluate import restore_params
+from research.evaluate import restore_trained
 from research.experiment import Experiment, own
 from research.models import vit
 from research.models.encoder_decoder import EncoderDecoder
-from research.pretrained import huggingface, preprocessor
+from research.pretrained import huggingface, peft, preprocessor
 from research.reporting.record import write_json
 from research.task import Params
+from research.tasks.lora import LoRA
 
 PROBLEMS = {
     "softmax": "single_label_classification",
@@ -33,6 +34,8 @@ IMAGE_OPS = tuple(
 def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint: str = "") -> pathlib.Path:
     """Write config.json, model.safetensors, and the tokenizer's files or preprocessor_config.json.
 
+    Of a run with adapters these are merged; alone they are in "adapter" below it, in PEFT's format.
+
     Args:
       config: of the run.
       workdir: the run's folder.
@@ -43,7 +46,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
       the folder.
     """
     experiment = Experiment(config, workdir=workdir)
-    step, params = restore_params(experiment, workdir, checkpoint)
+    step, trained = restore_trained(experiment, workdir, checkpoint)
+    params = experiment.merged(trained)
     folder = storage.path(output) if output else workdir / "export"
     tokenizer = experiment.tokenizer
     model, params = at_trained_size(experiment, jax.device_get(own(params, experiment.fixed)))
@@ -64,6 +68,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
             tokenizer_files=files,
             config=special_tokens(model, tokenizer, experiment.decoding.decoder_start_id) if tokenizer else {},
         )
+    if isinstance(experiment.trained_task, LoRA):
+        base = (experiment.config.get("init") or {}).get("path", "")
+        with storage.writing(folder / "adapter", last=peft.CONFIG) as adapter:
+            peft.save(adapter, experiment.trained_task, jax.device_get(trained), base)
     print(f"wrote the checkpoint of step {step} to {folder}")
     return folder
 

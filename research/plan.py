@@ -143,7 +143,7 @@ def _plan(config: ConfigDict, target: Target) -> dict[str, Any]:
         "parameter_bytes": _bytes(params),
         "optimizer_bytes": _bytes(state.opt_state),
         "memory_bytes": target.memory,
-        "operations": flops.of_training(experiment.task, params, experiment.spec),
+        "operations": flops.of_training(experiment.trained_task, params, experiment.spec),
         "link_bytes": _link_bytes(experiment),
     }
     if isinstance(target.devices, int):

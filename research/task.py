@@ -92,3 +92,22 @@ class KeepsStart(Protocol):
     def start(self, params: Params) -> Params:
         """Return the parameters that training begins with, of those of the model; pure."""
         ...
+
+
+@runtime_checkable
+class Adapts(Protocol):
+    """A task that trains small parameters beside the frozen ones of another task, found under "base".
+
+    Attributes:
+      task: the other task, which evaluates, predicts and is exported, with the merged parameters.
+    """
+
+    task: Task
+
+    def divide(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a tree like the other task's parameters as parts of one like this task's."""
+        ...
+
+    def merge(self, params: Params) -> Params:
+        """Return the other task's parameters."""
+        ...

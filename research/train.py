@@ -182,7 +182,7 @@ class _Loop:
             return False
         self.read_metrics()
         self.lap("train")
-        params = evaluation_params(self.state.params, self.state.opt_state)
+        params = self.experiment.merged(evaluation_params(self.state.params, self.state.opt_state))
         try:
             with self.progress.phase(f"evaluating at step {self.step}"):
                 metrics, pictures = evaluate.scores(self.experiment.evaluators, params, self.preemption.check)
@@ -256,7 +256,7 @@ class _Loop:
             self.lap("train")
             with self.progress.phase(f"compiling the training step for a batch of {shape}"):
                 self.compiled[key] = self.jitted.lower(self.state, batch).compile()
-                self.operations[key] = flops.of_training(self.experiment.task, self.state.params, batch)
+                self.operations[key] = flops.of_training(self.experiment.trained_task, self.state.params, batch)
             self.lap("compile")
         return self.compiled[key]
 
@@ -292,7 +292,7 @@ def jit_step(experiment: Experiment) -> Any:
     """Return the training step, (state, batch) -> (state, metrics), to be compiled; the state stays where it is."""
     shardings = jax.tree.map(lambda x: x.sharding, experiment.abstract_state)
     return jax.jit(
-        sharding.over(experiment.mesh, functools.partial(train_step, experiment.task, experiment.optimizer)),
+        sharding.over(experiment.mesh, functools.partial(train_step, experiment.trained_task, experiment.optimizer)),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(experiment.mesh)),
     )

@@ -47,6 +47,8 @@ def folder(tmp_path, monkeypatch):
     experiment = types.SimpleNamespace(
         task=task,
         fixed=(),
+        trained_task=task,
+        merged=lambda params: params,
         tokenizer=Text(tokenizer.byte_level()),
         label_names=(),
         decoding=Decoding(),
@@ -54,7 +56,7 @@ def folder(tmp_path, monkeypatch):
         config=ConfigDict(),
     )
     monkeypatch.setattr(export, "Experiment", lambda *_, **__: experiment)
-    monkeypatch.setattr(export, "restore_params", lambda *_: (7, params()[1]))
+    monkeypatch.setattr(export, "restore_trained", lambda *_: (7, params()[1]))
     return export.run(ConfigDict(), tmp_path)
 
 

@@ -173,7 +173,7 @@ def save(
     folder = storage.path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name another folder to write the model to")
-    model_type, family, kind = _family_of_model(model)
+    model_type, family, kind = family_of_model(model)
     keys = {**kind.defaults, **(config or {}), **kind.write(kind.fields(model))} | _identity(model_type, family, kind)
     if "num_outputs" in kind.overridable():
         keys |= _label_keys(kind.fields(model)["num_outputs"], labels, problem_type)
@@ -244,7 +244,7 @@ def _family(config: Mapping[str, Any]) -> Family:
     return known[name]
 
 
-def _family_of_model(model: nn.Module) -> tuple[str, Family, Kind]:
+def family_of_model(model: nn.Module) -> tuple[str, Family, Kind]:
     """Return the first family whose config.json can say all that matters of `model`."""
     reasons = []
     for name, family in _families().items():
@@ -325,7 +325,7 @@ def _canonical(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored
     return result
 
 
-def _expand(tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, list[tuple[int, ...]], Any]]:
+def expand(tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, list[tuple[int, ...]], Any]]:
     """Yield for each array of theirs in a line of the table: its name, the shapes of ours in it, and their index."""
     ours = [shapes[path] for path in tensor.ours]
     if "{}" not in tensor.theirs:
@@ -346,7 +346,7 @@ def _names(
     result = {}
     for tensor in tensors:
         if parts is None or tensor.part in parts:
-            for name, ours, _ in _expand(tensor, shapes):
+            for name, ours, _ in expand(tensor, shapes):
                 # Broadcast zeros have a shape and no memory.
                 empty = [np.broadcast_to(np.float32(0), shape) for shape in ours]
                 result[name] = tensor.layout.to_theirs(*empty).shape
@@ -375,11 +375,11 @@ def _assign(
     _check_complete(path, needed, stored, unused)
     for tensor in present:
         if tensor.shared:
-            _check_shared(path, [name for name, _, _ in _expand(tensor, shapes)], stored)
+            _check_shared(path, [name for name, _, _ in expand(tensor, shapes)], stored)
 
     arrays = {p: np.empty(shapes[p], np.float32) for tensor in present for p in tensor.ours}
     for tensor in present:
-        for name, _, index in _expand(tensor, shapes):
+        for name, _, index in expand(tensor, shapes):
             for ours, array in zip(tensor.ours, tensor.layout.to_ours(stored[name].read())):
                 arrays[ours][index] = array
     return arrays, sorted(new), unused
@@ -431,7 +431,7 @@ def _to_theirs(tensors: Sequence[Tensor], arrays: Mapping[str, np.ndarray]) -> d
     return {
         name: tensor.layout.to_theirs(*(arrays[path][index] for path in tensor.ours))
         for tensor in tensors
-        for name, _, index in _expand(tensor, shapes)
+        for name, _, index in expand(tensor, shapes)
     }
 
 
