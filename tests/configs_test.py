@@ -263,7 +263,7 @@ def own_files(config, folder):
 
 def step_shapes(experiment):
     batch = dict(experiment.data.spec)
-    step = functools.partial(train_step, experiment.task, experiment.optimizer)
+    step = functools.partial(train_step, experiment.trained_task, experiment.optimizer)
     return jax.eval_shape(step, experiment.abstract_state, batch)
 
 
@@ -319,7 +319,8 @@ def test_builds_and_its_step_has_shapes(key, offline):
     own_files(config, offline)
     if config.get("num_epochs"):
         config.num_epochs *= 10_000  # of the few examples here, so that warm-ups fit
-    classifies = "classifi" in config.task.call
+    adapted = "task" in config.task
+    classifies = "classifi" in (config.task.task if adapted else config.task).call
     init = config.get("init")
     if init is not None and classifies:
         init.new_head = True
@@ -341,10 +342,9 @@ def test_builds_and_its_step_has_shapes(key, offline):
     if init is not None and "call" not in init:
         loaded = experiment.pretrained()
         if classifies:
-            assert loaded["head_output"]["kernel"] is None
-        assert all(
-            x is not None for path, x in flatten_dict(loaded).items() if not path[0].startswith(("head_", "class_head"))
-        )
+            assert (loaded["whole"] if adapted else loaded)["head_output"]["kernel"] is None
+        fresh = ("head_", "class_head", "whole", "lora")
+        assert all(x is not None for path, x in flatten_dict(loaded).items() if not path[0].startswith(fresh))
 
 
 # What a tiny variant must exceed, about what guessing gives; accuracy where it is not that of tokens.
