@@ -35,6 +35,7 @@ SLOW = {
         *("test_tiny_learns[jane_austen", "test_tiny_learns[small_bert", "test_tiny_learns[finetune_text"),
         *("test_tiny_learns[grokking", "test_tiny_learns[libreoffice_translation.py-tiny"),
         *("test_tiny_learns[conll2003", "test_tiny_learns[dit_fashion_mnist", "test_tiny_learns[bert_pretraining"),
+        *("test_tiny_learns[detr_garments", "test_tiny_learns[t5", "test_tiny_learns[vit_fashion_mnist"),
         "test_builds_and_its_step_has_shapes[bert_pretraining.py-jane_austen",
         *(f"test_builds_and_its_step_has_shapes[snippet_preferences.py-{name}" for name in ("before", "orpo", "tiny")),
         # Sizes of a recipe, of which the default suite builds the smallest or the default, and the largest.
@@ -54,6 +55,7 @@ SLOW = {
         *("test_going_on_with_other_devices_computes_the_same", "test_a_damaged_checkpoint_falls_back"),
         *("test_a_full_disk_stops_the_run", "test_no_readable_checkpoint_is_an_error"),
         "test_another_learning_rate_is_the_users_mistake",
+        "test_sigterm_while_compiling_and_training",  # two processes are stopped by it in the default suite
         "test_an_evaluation_interrupted_by_sigterm",  # train_test has it within one process
         "test_a_loss_that_is_not_finite_is_one_line",  # train_test has it within one process
     ],
