@@ -11,7 +11,7 @@ takes seconds.
 
 from ml_collections import ConfigDict
 
-from research.configuration.variants import SMOLLM2, choose, tiny_documents
+from research.configuration.variants import SMOLLM2, choose, tiny_decoder, tiny_documents
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -59,16 +59,8 @@ def before(config: ConfigDict) -> ConfigDict:
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    config.task.model = dict(
-        call="research.models.gpt.Decoder",
-        hidden_size=32,
-        num_layers=1,
-        num_heads=2,
-        intermediate_size=64,
-        max_positions=128,
-    )
+    config = tiny_decoder(config, num_layers=1, max_positions=128)
     config = tiny_documents(config, length=120, fields=("source", "target"))
-    config.decoding.max_new_tokens = 8
     return config
 
 

@@ -29,7 +29,7 @@ of 256 tokens: about 10 s a step on 2 CPU cores. `:tiny` needs neither network n
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from research.configuration.variants import SMOLLM2, choose, derived, tiny_run
+from research.configuration.variants import SMOLLM2, choose, derived, tiny_decoder, tiny_run
 
 COLOURS = ("red", "blue", "green")
 
@@ -84,14 +84,7 @@ def smollm2(config: ConfigDict) -> ConfigDict:
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    config.task.model = dict(
-        call="research.models.gpt.Decoder",
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        intermediate_size=64,
-        max_positions=128,
-    )
+    config = tiny_decoder(config, num_layers=2, max_positions=128)
     records = []
     for thing in ("sky", "sea", "sun", "car"):
         for colour in COLOURS:
@@ -101,7 +94,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
         node.source = dict(call="research.data.source.examples", records=records)
         node.window = 3
     config.data.pack = 128
-    config.decoding.max_new_tokens = 8
     return tiny_run(config)
 
 

@@ -34,7 +34,7 @@ of 256 tokens. `:tiny` needs neither network nor files and takes seconds.
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from research.configuration.variants import SMOLLM2, choose, datasets, derived, tiny_run
+from research.configuration.variants import SMOLLM2, choose, datasets, derived, tiny_decoder, tiny_run
 
 COLOURS = ("red", "blue", "green")
 FEATURES = ("input_ids", "targets", "target_mask", "attention_mask")
@@ -101,14 +101,7 @@ def smollm2(config: ConfigDict) -> ConfigDict:
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    config.task.model = dict(
-        call="research.models.gpt.Decoder",
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        intermediate_size=64,
-        max_positions=128,
-    )
+    config = tiny_decoder(config, num_layers=2, max_positions=128)
     records = []
     for thing in ("sky", "sea", "sun", "car"):
         for i, colour in enumerate(COLOURS):
@@ -118,7 +111,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
         node.ops[0]["max_length"] = 128
         node.source = dict(call="research.data.source.examples", records=records)
         node.length_buckets, node.window = 1, 3
-    config.decoding.max_new_tokens = 8
     return tiny_run(config)
 
 

@@ -14,7 +14,7 @@ needs neither network nor files and takes seconds.
 
 from ml_collections import ConfigDict
 
-from research.configuration.variants import SMOLLM2, choose, datasets, tiny_run, tiny_text_data
+from research.configuration.variants import SMOLLM2, choose, datasets, tiny_decoder, tiny_run, tiny_text_data
 
 LABELS = ("negative", "positive")
 
@@ -76,19 +76,11 @@ def without_reference(objective: str, **settings: float):
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    config.task.model = dict(
-        call="research.models.gpt.Decoder",
-        hidden_size=32,
-        num_layers=1,
-        num_heads=2,
-        intermediate_size=64,
-        max_positions=256,
-    )
+    config = tiny_decoder(config, num_layers=1, max_positions=256)
     config = tiny_run(tiny_text_data(config, LABELS))
     for node in datasets(config):
         node.length_buckets, node.window = 1, 3
         node.ops[1]["max_length"] = 160
-    config.decoding.max_new_tokens = 8
     return config
 
 

@@ -24,8 +24,7 @@ class Mean:
     @classmethod
     def of(cls, values: jax.Array, mask: jax.Array) -> "Mean":
         """Sum `values` where `mask`, of the same shape, is not 0; masked values may be NaN."""
-        kept = jnp.where(mask != 0, values.astype(jnp.float32) * mask, 0.0)
-        return cls(total=kept.sum(), count=mask.astype(jnp.float32).sum())
+        return cls(total=weighted(values.astype(jnp.float32), mask).sum(), count=mask.astype(jnp.float32).sum())
 
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)
@@ -33,6 +32,11 @@ class Mean:
     def compute(self) -> jax.Array:
         """Return total / count; NaN where nothing was counted."""
         return self.total / self.count
+
+
+def weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return `values` * `weights`, and 0 where the weight is 0, whatever the value: it may be NaN."""
+    return jnp.where(weights != 0, values * weights, 0.0)
 
 
 def merge(means: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:

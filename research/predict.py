@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from research import sharding, storage
 from research.build import locate
-from research.data import image
+from research.data import image, prepared
 from research.data.dataset import Example
 from research.data.source import examples
 from research.errors import UserError
@@ -66,7 +66,7 @@ def _without_augmentation(config: ConfigDict) -> ConfigDict:
 def _draws(op: ConfigDict) -> bool:
     """Return whether what an op makes of an example is random."""
     target = locate(op.get("call"), "config.data.ops")
-    return "rng" in inspect.signature(target.__call__ if inspect.isclass(target) else target).parameters
+    return prepared.draws(target.__call__ if inspect.isclass(target) else target)
 
 
 def _predictions(experiment: Experiment, params: Params, bare: Sequence[Example]) -> Iterator[dict[str, Any]]:

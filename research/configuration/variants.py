@@ -156,6 +156,20 @@ def tiny_encoder(config: ConfigDict, model: str, max_positions: int, **fields: f
     return config
 
 
+def tiny_decoder(config: ConfigDict, num_layers: int, max_positions: int) -> ConfigDict:
+    """Give a config a small new decoder of bytes, which writes a few tokens."""
+    config.task.model = {
+        "call": "research.models.gpt.Decoder",
+        "hidden_size": 32,
+        "num_layers": num_layers,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "max_positions": max_positions,
+    }
+    config.decoding.max_new_tokens = 8
+    return config
+
+
 def tiny_questions(config: ConfigDict, unanswerable: bool = False) -> ConfigDict:
     """Make a config of question answering run for a few steps on the bytes of passages of one window or two."""
     records = []

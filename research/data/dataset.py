@@ -186,17 +186,20 @@ class Dataset:
 
     def _iterate(self, train: bool) -> Batches:
         plan = self._plan(train)
-        read = functools.partial(self._read, size=self.batch_size // jax.process_count())
-        return Batches(plan.batches, self._share, read, self._pool)
+        return Batches(plan.batches, self._share, functools.partial(self._read, size=self._own_size), self._pool)
+
+    @property
+    def _own_size(self) -> int:
+        """How many rows of a batch this process reads."""
+        return self.batch_size // jax.process_count()
 
     @functools.cached_property
     def _pool(self) -> Pool | None:
         """The processes that read, started once for all iterators; None where threads do."""
-        size = self.batch_size // jax.process_count()
-        count = self._needed_workers(size) if self.workers is None else self.workers
-        return Pool(functools.partial(self._read, size=size), count) if count else None
+        count = self._needed_workers() if self.workers is None else self.workers
+        return Pool(functools.partial(self._read, size=self._own_size), count) if count else None
 
-    def _needed_workers(self, size: int) -> int:
+    def _needed_workers(self) -> int:
         """Return how many processes should read: none where a few rows say that a batch takes little time to make."""
         cores = preparing.cores()
         if cores == 1 or not (self._stages[1] or isinstance(self._rows, prepared.Unprepared)):
@@ -207,7 +210,7 @@ class Dataset:
         _ = self._drawn(few.part(0, 1))  # the first time is another
         begin = time.perf_counter()
         _ = self._drawn(few)
-        seconds = (time.perf_counter() - begin) / max(count, 1) * size
+        seconds = (time.perf_counter() - begin) / max(count, 1) * self._own_size
         return min(cores, MOST_WORKERS) if seconds > HEAVY else 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,18 +251,18 @@ class Dataset:
             if name not in row and not (self.pack and name in packing.MADE):
                 raise UserError(f"config.data.features: examples have no '{name}'{nearest(name, row)}")
 
-    def _share(self, batch: batching.Batch) -> tuple[batching.Batch, batching.Batch]:
-        """Return this process's part of a batch, and the first row, of which padding rows have the shapes."""
-        size = self.batch_size // jax.process_count()
-        begin = jax.process_index() * size
-        return batch.part(begin, begin + size), batch.part(0, 1)
+    def _share(self, batch: batching.Batch) -> tuple[batching.Batch, batching.Batch | None]:
+        """Return this process's part of a batch, and the first row where padding rows, which are like it, are added."""
+        size = self._own_size
+        own = batch.part(jax.process_index() * size, (jax.process_index() + 1) * size)
+        return own, batch.part(0, 1) if own.pieces is None and len(own.rows) < size else None
 
-    def _read(self, own: batching.Batch, first: batching.Batch, size: int) -> dict[str, np.ndarray]:
+    def _read(self, own: batching.Batch, first: batching.Batch | None, size: int) -> dict[str, np.ndarray]:
         """Return `size` rows, those of `own` and padding."""
         if own.pieces is not None:
             return self._laid(own, size)
         rows = [row | {"mask": np.float32(1)} for row in self._drawn(own)]
-        if len(rows) < size:
+        if first is not None:
             rows += [self._filler(self._drawn(first)[0])] * (size - len(rows))
         lengths = {name: length for side, length in zip(self._sides, own.lengths) for name in side}
         return self._collated(rows, lengths)

@@ -79,7 +79,7 @@ def prepare(job: Job, workers: int, name: str) -> None:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(job.folder, error) from error
+        raise shards.unwritable(job.folder, error) from error
     context = multiprocessing.get_context("spawn")  # a fork would share the threads and locks of JAX
     errors = context.Queue()
     others: list[Any] = []
@@ -170,7 +170,7 @@ class _Lease:
             temporary.write_text(self._text(done), encoding="utf-8")
             temporary.replace(self._path)
         except OSError as error:
-            raise _unwritable(self._path.parent, error) from error
+            raise shards.unwritable(self._path.parent, error) from error
         self._beaten = time.monotonic()
         return True
 
@@ -198,11 +198,7 @@ def _take(job: Job, shard: int) -> _Lease | None:
             return lease if lease.take() else None
         return lease if lease._beaten else None
     except OSError as error:
-        raise _unwritable(job.folder, error) from error
-
-
-def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
-    return UserError(f"prepared data: '{folder}' cannot be written to ({error.strerror})")
+        raise shards.unwritable(job.folder, error) from error
 
 
 def _read_lease(path: pathlib.Path) -> dict[str, Any]:

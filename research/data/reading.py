@@ -20,7 +20,7 @@ from research.data.batching import Batch
 from research.errors import UserError
 
 Arrays = dict[str, np.ndarray]
-Read = Callable[[Batch, Batch], Arrays]
+Read = Callable[[Batch, Batch | None], Arrays]
 THREADS, AHEAD = 2, 4  # threads that read, and batches that are read before they are asked for, beside one a process
 SHARED = 2**16  # bytes from which an array is handed over in shared memory
 MEMORY = "/dev/shm"
@@ -32,7 +32,7 @@ class Batches(Iterator[Arrays]):
     def __init__(
         self,
         plan: Callable[[int], list[Batch] | None],
-        share: Callable[[Batch], tuple[Batch, Batch]],
+        share: Callable[[Batch], tuple[Batch, Batch | None]],
         read: Read,
         pool: "Pool | None" = None,
     ):
@@ -47,17 +47,15 @@ class Batches(Iterator[Arrays]):
         self._plan, self._share, self._read = plan, share, pool.read if pool else read
         self._planner: concurrent.futures.ThreadPoolExecutor | None = None
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
-        self._threads_count = pool.count + 1 if pool else THREADS  # those that wait for a process cost nothing
+        self._count = pool.count + 1 if pool else THREADS  # of threads; those that wait for a process cost nothing
+        self._most = AHEAD + (self._count - THREADS)
         self._state = (0, 0)
         self._ahead: collections.deque[tuple[tuple[int, int], concurrent.futures.Future]] = collections.deque()
         self._planned = self._from(0, 0)
 
     def __next__(self) -> Arrays:
         """Return the next batch."""
-        while (
-            len(self._ahead) < AHEAD + self._threads_count - THREADS
-            and (planned := next(self._planned, None)) is not None
-        ):
+        while len(self._ahead) < self._most and (planned := next(self._planned, None)) is not None:
             window, number, batch = planned
             self._ahead.append(((window, number), self._submit(*self._share(batch))))
         if not self._ahead:
@@ -109,9 +107,9 @@ class Batches(Iterator[Arrays]):
                 yield window, number, batches[number]
             window, batch = window + 1, 0
 
-    def _submit(self, own: Batch, first: Batch) -> concurrent.futures.Future:
+    def _submit(self, own: Batch, first: Batch | None) -> concurrent.futures.Future:
         if self._threads is None:
-            self._threads = concurrent.futures.ThreadPoolExecutor(self._threads_count, "batches")
+            self._threads = concurrent.futures.ThreadPoolExecutor(self._count, "batches")
         return self._threads.submit(self._read, own, first)
 
 
@@ -125,7 +123,7 @@ class Pool:
             count, multiprocessing.get_context("spawn"), _begin, (cloudpickle.dumps(read),)
         )
 
-    def read(self, own: Batch, first: Batch) -> Arrays:
+    def read(self, own: Batch, first: Batch | None) -> Arrays:
         """Have a batch read and wait for it.
 
         Raises:
@@ -164,7 +162,7 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _sent(own: Batch, first: Batch) -> dict[str, Any]:
+def _sent(own: Batch, first: Batch | None) -> dict[str, Any]:
     """Return the arrays of a batch, or where they are in shared memory."""
     arrays = _read(own, first)
     total = sum(array.nbytes for array in arrays.values())

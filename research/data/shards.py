@@ -26,6 +26,11 @@ class DamagedError(Exception):
     """A shard is not what was written."""
 
 
+def unwritable(folder: pathlib.Path, error: OSError) -> UserError:
+    """Return what to raise where the folder of prepared data cannot be written to."""
+    return UserError(f"prepared data: '{folder}' cannot be written to ({error.strerror})")
+
+
 def write(columns: Columns, folder: pathlib.Path) -> None:
     """Write a shard as `folder`, at once; where another process was faster, its shard is kept."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -46,7 +51,7 @@ def write(columns: Columns, folder: pathlib.Path) -> None:
             if not folder.exists():
                 raise
     except OSError as error:
-        raise UserError(f"prepared data: '{folder.parent}' cannot be written to ({error.strerror})") from error
+        raise unwritable(folder.parent, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,7 +65,7 @@ class Coco:
         scores = average_precision(truths, predicted, sizes)
         return scores | ({"boxes": self._picture(truths, predicted)} if self.pictures else {})
 
-    @property
+    @functools.cached_property
     def _data(self) -> Dataset:
         more = [name for name in ("image_size",) if name not in self.data.features]
         return numbered.numbered(self.data, *more)

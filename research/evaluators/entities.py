@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -36,7 +37,7 @@ class Entities:
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Return "loss" and "accuracy" of words, and "precision", "recall", "f1" and "f1_KIND" of entities."""
-        data, means = numbered(self.data), []
+        data, means = self._data, []
         right, predicted = [], []
         for mean, batch in batches.run(self._batch, params, data, self.mesh, check):
             means.append(mean)
@@ -46,6 +47,10 @@ class Entities:
                 right.append([self.task.label_names[int(label)] for label in example[self.labels]])
                 predicted.append(self.task.word_labels(row, {"label": batch["label"][i]}))
         return {"loss": float(merge(means)["loss"].compute())} | score(right, predicted)
+
+    @functools.cached_property
+    def _data(self) -> Dataset:
+        return numbered(self.data)
 
     def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, Mean], dict[str, jax.Array]]:
         label = self.task.predict(params, batch, jax.random.key(0))["label"]

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class Squad:
         and for those that have none, "NoAns_*", where there are some; and what the best threshold would give:
         "best_exact", "best_f1", with the thresholds "best_exact_thresh" and "best_f1_thresh".
         """
-        data, means = numbered(self.data, "window"), []
+        data, means = self._data, []
         outputs: dict[int, dict[int, Any]] = collections.defaultdict(dict)
         for mean, batch in batches.run(self._batch, params, data, self.mesh, check):
             means.append(mean)
@@ -53,6 +54,10 @@ class Squad:
         if self.task.null_threshold is None:
             return loss | score([text for text, *_ in answered], [gold for *_, gold in answered])
         return loss | score_v2(*zip(*answered))
+
+    @functools.cached_property
+    def _data(self) -> Dataset:
+        return numbered(self.data, "window")
 
     def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, Mean], dict[str, jax.Array]]:
         rows = {name: batch[name] for name in ("example", "window", "mask")}

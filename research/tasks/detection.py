@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from research.errors import UserError
-from research.metrics import Mean
+from research.metrics import Mean, weighted
 from research.task import Batch, Params, Spec
 from research.tasks import matching, tokens
 
@@ -155,7 +155,7 @@ class Detection:
         found_LxBxNx4 = jnp.take_along_axis(boxes_LxBxQx4, jnp.minimum(matched_LxBxN, queries - 1)[..., None], axis=2)
 
         def total(values_LxBxN: jax.Array, weights: jax.Array) -> jax.Array:
-            return jnp.where(weights != 0, values_LxBxN * weights, 0.0).sum((1, 2))
+            return weighted(values_LxBxN, weights).sum((1, 2))
 
         sums = {
             "class_loss": total(losses_LxBxQ, weights_LxBxQ),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError, nearest
-from research.metrics import Mean
+from research.metrics import Mean, weighted
 from research.task import Batch, Params, Spec
 from research.tasks import tokens
 from research.tasks.causal_lm import INPUTS, CausalLM
@@ -81,7 +81,7 @@ class LanguageModelDistillation(CausalLM):
             losses, correct = token_losses(logits, targets, 0.0, z_loss)
             mixed = self.teacher_share * divergences + (1 - self.teacher_share) * losses
             parts = (mixed, divergences, losses, correct)
-            return tuple(jnp.where(weights != 0, x * weights, 0.0).sum() for x in parts)
+            return tuple(weighted(x, weights).sum() for x in parts)
 
         weights_BxT = batch["target_mask"] * batch["mask"][:, None]
         block = tokens.block(self.model, params, hidden_BxTxD, self.logits_chunk)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError, nearest
-from research.metrics import Mean
+from research.metrics import Mean, weighted
 from research.task import Batch, Params, Spec
 from research.tasks.cross_entropy import block_size, by_row, in_blocks, token_losses
 
@@ -77,7 +77,7 @@ def score(
         logits_BxTxV = logits(model, params, hidden)
         losses, correct = token_losses(logits_BxTxV, targets, label_smoothing, z_loss)
         plain = token_losses(logits_BxTxV, targets)[0] if label_smoothing or z_loss else losses
-        return tuple(jnp.where(weights != 0, x * weights, 0.0).sum() for x in (losses, plain, correct))
+        return tuple(weighted(x, weights).sum() for x in (losses, plain, correct))
 
     size = block(model, params, hidden_BxTxD, chunk)
     with jax.named_scope("loss"):
@@ -97,7 +97,7 @@ def log_likelihoods(
 
     def sums(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         losses, _ = token_losses(logits(model, params, hidden), targets)
-        return -jnp.where(weights != 0, losses * weights, 0.0).sum(axis=1)
+        return -weighted(losses, weights).sum(axis=1)
 
     with jax.named_scope("loss"):
         size = block(model, params, hidden_BxTxD, chunk)

@@ -159,16 +159,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_made(cache, monkeypatch
         shards.read(path, whole=True)
 
 
-def test_a_shard_whose_process_is_gone_is_taken_over(cache):
-    expected = some(make_dataset())
+def lose_a_shard(cache):
+    """Deletes a shard that was prepared and returns where its lease would be."""
     (folder,) = cache.iterdir()
     lost = sorted(folder.iterdir())[2]
     for path in lost.iterdir():
         path.unlink()
     lost.rmdir()
+    return folder / f"{lost.name}.lease"
+
+
+def test_a_shard_whose_process_is_gone_is_taken_over(cache):
+    expected = some(make_dataset())
+    lease = lose_a_shard(cache)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    lease = folder / f"{lost.name}.lease"
     lease.write_text(f'{{"host": "{preparing.socket.gethostname()}", "pid": {dead.pid}, "token": "x", "done": 0.5}}')
     assert_same(some(make_dataset()), expected)
     assert not lease.exists()
@@ -176,12 +181,7 @@ def test_a_shard_whose_process_is_gone_is_taken_over(cache):
 
 def test_a_shard_that_another_machine_works_on_is_waited_for_and_taken_when_it_is_silent(cache, monkeypatch):
     expected = some(make_dataset())
-    (folder,) = cache.iterdir()
-    lost = sorted(folder.iterdir())[2]
-    for path in lost.iterdir():
-        path.unlink()
-    lost.rmdir()
-    lease = folder / f"{lost.name}.lease"
+    lease = lose_a_shard(cache)
     lease.write_text('{"host": "elsewhere", "pid": 1, "token": "x", "done": 0.5}')
     monkeypatch.setattr(preparing, "EXPIRED", 1.0)
     begin = time.monotonic()
