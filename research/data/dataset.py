@@ -196,10 +196,10 @@ class Dataset:
     @functools.cached_property
     def _pool(self) -> Pool | None:
         """The processes that read, started once for all iterators; None where threads do."""
-        count = self._needed_workers() if self.workers is None else self.workers
+        count = self._needed_workers(self._own_size) if self.workers is None else self.workers
         return Pool(functools.partial(self._read, size=self._own_size), count) if count else None
 
-    def _needed_workers(self) -> int:
+    def _needed_workers(self, size: int) -> int:
         """Return how many processes should read: none where a few rows say that a batch takes little time to make."""
         cores = preparing.cores()
         if cores == 1 or not (self._stages[1] or isinstance(self._rows, prepared.Unprepared)):
@@ -210,7 +210,7 @@ class Dataset:
         _ = self._drawn(few.part(0, 1))  # the first time is another
         begin = time.perf_counter()
         _ = self._drawn(few)
-        seconds = (time.perf_counter() - begin) / max(count, 1) * self._own_size
+        seconds = (time.perf_counter() - begin) / max(count, 1) * size
         return min(cores, MOST_WORKERS) if seconds > HEAVY else 0
 
     def __getstate__(self) -> dict[str, Any]:
