@@ -5,8 +5,8 @@ in which no chapter sees another. Model: GPT-2's (Radford 2019), 4 layers, 256 w
 Expected: see experiments/jane_austen_gpt; of the test chapters behind the others, bzip2 -9 needs 2.28 and xz -9e 2.14
 bits a byte.
 Hardware: 2 CPU cores, a quarter of an hour.
-`:bpe` trains a vocabulary of 2,048 byte pairs first, and a model on it. `:tiny` needs neither network nor files and
-takes seconds.
+`:bpe` trains a vocabulary of 2,048 byte pairs first, and a model on it. `:muon` takes Muon (Jordan 2024) for the kernels
+of the blocks, with updates as large as AdamW's. `:tiny` needs neither network nor files and takes seconds.
 """
 
 from ml_collections import ConfigDict
@@ -67,9 +67,15 @@ def bpe(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def muon(config: ConfigDict) -> ConfigDict:
+    del config.optimizer.b2
+    config.optimizer.direction = dict(call="research.directions.muon", b2=0.95)
+    return config
+
+
 def tiny(config: ConfigDict) -> ConfigDict:
     config.task.model.update(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=32)
     return tiny_documents(config, length=32)
 
 
-VARIANTS = {"": lambda config: config, "bpe": bpe, "tiny": tiny}
+VARIANTS = {"": lambda config: config, "bpe": bpe, "muon": muon, "tiny": tiny}
