@@ -5,8 +5,8 @@ in which no chapter sees another. Model: GPT-2's (Radford 2019), 4 layers, 256 w
 Expected: see experiments/jane_austen_gpt; of the test chapters behind the others, bzip2 -9 needs 2.28 and xz -9e 2.14
 bits a byte.
 Hardware: 2 CPU cores, a quarter of an hour.
-`:bpe` trains a vocabulary of 2,048 byte pairs first, and a model on it. `:muon` takes Muon (Jordan 2024) for the kernels
-of the blocks, with updates as large as AdamW's. `:tiny` needs neither network nor files and takes seconds.
+`:bpe` trains a vocabulary of 2,048 byte pairs first, and a model on it. `:muon` takes Muon (Jordan 2024) for the
+kernels of the blocks, with updates as large as AdamW's. `:tiny` needs neither network nor files and takes seconds.
 """
 
 from ml_collections import ConfigDict

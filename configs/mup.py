@@ -2,8 +2,8 @@
 
 muP (Yang 2022, "Tensor Programs V", tables 3 and 8, for Adam) is here a set of rules by path and no change to a model:
 the learning rate of what maps width to width or to the output (kernels of blocks, the output layer) falls as 1 / width,
-relative to a base width of 64; kernels begin with a standard deviation of 1 / sqrt(inputs), and the output layer at zero
-(appendix D.2). Embeddings, biases and norms keep their rate. The width of a head is fixed, so that the scale of
+relative to a base width of 64; kernels begin with a standard deviation of 1 / sqrt(inputs), and the output layer at
+zero (appendix D.2). Embeddings, biases and norms keep their rate. The width of a head is fixed, so that the scale of
 attention does not change with the width.
 `:standard` has the same initial values, but the output layer's, which begins like the kernels, and one rate for all.
 

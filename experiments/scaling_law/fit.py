@@ -2,15 +2,14 @@
 
     python experiments/scaling_law/fit.py runs/isoflop
 
-Simulated are 240 runs, with compute and sizes drawn evenly on a logarithmic scale over Chinchilla's ranges (6e18 to 3e21
-operations, 63 million to 16 billion parameters), whose losses follow published constants but for noise of 0.3 %. The
-folder holds finished runs of configs/isoflop.py, COMPUTE/RUN; where it is left out, only simulations are fitted.
+Simulated are 240 runs, with compute and sizes drawn evenly on a logarithmic scale over Chinchilla's ranges (6e18 to
+3e21 operations, 63 million to 16 billion parameters), whose losses follow published constants but for noise of 0.3 %.
+The folder holds finished runs of configs/isoflop.py, COMPUTE/RUN; where it is left out, only simulations are fitted.
 """
 
 import argparse
 import datetime
 import pathlib
-import re
 import statistics
 from importlib.metadata import version
 

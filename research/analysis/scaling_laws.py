@@ -5,6 +5,7 @@ The law is L(N, D) = E + A / N**alpha + B / D**beta, of N parameters and D token
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import scipy.optimize
@@ -81,8 +82,8 @@ def fit(parameters: np.ndarray, tokens: np.ndarray, losses: np.ndarray) -> Law:
         scipy.optimize.minimize(_objective, start, args=tuple(logarithms), jac=True, method="L-BFGS-B", options=OPTIONS)
         for start in itertools.product(*STARTS)
     ]
-    log_a, log_b, log_e, alpha, beta = min(found, key=lambda result: result.fun).x
-    return Law(*np.exp([log_e, log_a, log_b]).tolist(), float(alpha), float(beta))
+    log_a, log_b, log_e, alpha, beta = map(float, min(found, key=lambda result: result.fun).x)
+    return Law(math.exp(log_e), math.exp(log_a), math.exp(log_b), alpha, beta)
 
 
 OPTIONS = {"maxiter": 5000, "maxfun": 50000, "ftol": 1e-14, "gtol": 1e-9}

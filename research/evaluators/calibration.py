@@ -49,7 +49,8 @@ class Calibration(Scores):
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int) -> tuple[float, np.ndarray]:
     """Return the expected calibration error, and a table of the bins.
 
-    It is the mean over examples of the distance of their bin's accuracy from its mean confidence (Guo 2017, equation 3).
+    It is the mean over examples of the distance between the accuracy of their bin and its mean confidence (Guo 2017,
+    equation 3).
 
     Args:
       confidence: probabilities of the predicted classes, [N].
