@@ -4,8 +4,8 @@ The published claim (Müller 2019, "When does label smoothing help?", section 4 
 on smoothed labels is about as accurate, and its confidence is nearer to its accuracy, without any scaling afterwards.
 The measure is the expected calibration error of 15 bins (Guo 2017).
 Data: the first 10,000 training images and the 10,000 test images. Model and recipe: those of
-configs/vit_fashion_mnist.py with 4 layers, without stochastic depth and flips, which regularise as well: the model is to
-overfit.
+configs/vit_fashion_mnist.py with 4 layers, without stochastic depth and flips, which regularise as well: the model is
+to overfit.
 `:smoothed` smooths labels by 0.1. `:tiny` needs neither network nor files and takes seconds.
 Expected: see experiments/calibration. Hardware: one CPU core, 5 minutes a run.
 """
