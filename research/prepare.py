@@ -29,8 +29,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     experiment = Experiment(config, workdir=workdir)
     found = {"data": experiment.data}
     for name, evaluator in experiment.evaluators.items():
-        held = (value for value in vars(evaluator).values() if isinstance(value, Dataset))
-        found |= {f"evals.{name}": dataset for dataset in held}
+        # What an evaluator reads may be its data with a number for each example, which are other rows.
+        dataset = getattr(evaluator, "dataset", getattr(evaluator, "data", None))
+        found |= {f"evals.{name}": dataset} if isinstance(dataset, Dataset) else {}
     rows = {name: dataset.prepare() for name, dataset in found.items()}
     Progress(0, 0).table("rows that are prepared", rows)
     return rows

@@ -56,7 +56,7 @@ class Coco:
         Raises:
           UserError: the data contain no objects.
         """
-        every = list(batches.run(self._batch, params, self._data, self.mesh, check))
+        every = list(batches.run(self._batch, params, self.dataset, self.mesh, check))
         rows = {name: np.concatenate([batch[name] for batch in every]) for name in every[0]}
         real = np.flatnonzero(rows["mask"] > 0)
         order = real[np.argsort(rows["example"][real])]
@@ -66,7 +66,8 @@ class Coco:
         return scores | ({"boxes": self._picture(truths, predicted)} if self.pictures else {})
 
     @functools.cached_property
-    def _data(self) -> Dataset:
+    def dataset(self) -> Dataset:
+        """The data as it is read, each example with its number."""
         more = [name for name in ("image_size",) if name not in self.data.features]
         return numbered.numbered(self.data, *more)
 

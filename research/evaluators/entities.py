@@ -37,7 +37,7 @@ class Entities:
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Return "loss" and "accuracy" of words, and "precision", "recall", "f1" and "f1_KIND" of entities."""
-        data, means = self._data, []
+        data, means = self.dataset, []
         right, predicted = [], []
         for mean, batch in batches.run(self._batch, params, data, self.mesh, check):
             means.append(mean)
@@ -49,7 +49,8 @@ class Entities:
         return {"loss": float(merge(means)["loss"].compute())} | score(right, predicted)
 
     @functools.cached_property
-    def _data(self) -> Dataset:
+    def dataset(self) -> Dataset:
+        """The data as it is read, each example with its number."""
         return numbered(self.data)
 
     def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, Mean], dict[str, jax.Array]]:

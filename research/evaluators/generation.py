@@ -58,7 +58,7 @@ class Generation:
     def predictions(self, params: Params, check: Callable[[], None] = lambda: None) -> list[str]:
         """Return the texts, in the order of the examples."""
         texts: dict[int, str] = {}
-        for outputs, numbers, mask in batches.run(self._batch, params, self._data, self.mesh, check):
+        for outputs, numbers, mask in batches.run(self._batch, params, self.dataset, self.mesh, check):
             for i in np.flatnonzero(mask):
                 if int(numbers[i]) in texts:
                     raise UserError(
@@ -72,8 +72,8 @@ class Generation:
     def references(self) -> list[list[str]]:
         """Return the reference texts of each example, in order."""
         found = []
-        for i in range(len(self._data.source)):
-            example = self._data.source[i]
+        for i in range(len(self.dataset.source)):
+            example = self.dataset.source[i]
             if self.reference not in example:
                 raise UserError(f"reference: examples have no '{self.reference}'{nearest(self.reference, example)}")
             value = example[self.reference]
@@ -87,7 +87,8 @@ class Generation:
         return {name: signature for name, signature in every.items() if signature}
 
     @functools.cached_property
-    def _data(self) -> Dataset:
+    def dataset(self) -> Dataset:
+        """The data as it is read, each example with its number."""
         return numbered(self.data, count=self.max_examples)
 
     def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:

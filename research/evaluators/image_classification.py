@@ -39,7 +39,7 @@ class ImageScores(Scores):
         """Return {score: value} and the pictures "confusion" and, if there are errors, "mistakes"."""
         if not self.mistakes:
             return super().__call__(params, check)
-        loss, columns = self._outputs(self._numbered, params, check)
+        loss, columns = self._outputs(self.dataset, params, check)
         labels, predictions = columns["target"], columns["prediction"]
         counts = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(len(self._names)))
         accuracy = np.mean(labels == predictions)
@@ -70,7 +70,8 @@ class ImageScores(Scores):
         return pictures.grid(shown, titles, columns=min(len(shown), 8), title=title)
 
     @functools.cached_property
-    def _numbered(self) -> Dataset:
+    def dataset(self) -> Dataset:
+        """The data as it is read, each example with its number."""
         return numbered(self.data)
 
     @property

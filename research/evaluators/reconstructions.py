@@ -39,7 +39,7 @@ class Reconstructions:
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """Return "images", a picture uint8 [height, width, 3]."""
-        outputs = list(batches.run(self._batch, params, self._data, self.mesh, check))
+        outputs = list(batches.run(self._batch, params, self.dataset, self.mesh, check))
         columns = {name: np.concatenate([batch[name] for batch in outputs]) for name in outputs[0]}
         columns = {name: values[columns["mask"] > 0] for name, values in columns.items()}
         rows, width = columns["image"].shape[1:3]
@@ -56,7 +56,8 @@ class Reconstructions:
         return title
 
     @functools.cached_property
-    def _data(self) -> Dataset:
+    def dataset(self) -> Dataset:
+        """The data as it is read, its first examples with their numbers."""
         return dataclasses.replace(self.data, source=Numbered(self.data.source, self.count))
 
     def _batch(self, params: Params, batch: Batch) -> dict[str, jax.Array]:

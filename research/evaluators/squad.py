@@ -42,7 +42,7 @@ class Squad:
         and for those that have none, "NoAns_*", where there are some; and what the best threshold would give:
         "best_exact", "best_f1", with the thresholds "best_exact_thresh" and "best_f1_thresh".
         """
-        data, means = self._data, []
+        data, means = self.dataset, []
         outputs: dict[int, dict[int, Any]] = collections.defaultdict(dict)
         for mean, batch in batches.run(self._batch, params, data, self.mesh, check):
             means.append(mean)
@@ -56,7 +56,8 @@ class Squad:
         return loss | score_v2(*zip(*answered))
 
     @functools.cached_property
-    def _data(self) -> Dataset:
+    def dataset(self) -> Dataset:
+        """The data as it is read, each example with its number."""
         return numbered(self.data, "window")
 
     def _batch(self, params: Params, batch: Batch) -> tuple[dict[str, Mean], dict[str, jax.Array]]:

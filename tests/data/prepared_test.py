@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from research import main
+from research.configuration import overrides
 from research.data import keys, language, prepared, preparing, shards, source, text, tokenizer
 from research.data.dataset import Dataset
 from research.errors import UserError
+from research.experiment import Experiment
 
 FEATURES = ("input_ids", "targets", "target_mask", "attention_mask")
 WORDS = "the film was long and slow but warm in its own odd way".split()
@@ -278,3 +280,11 @@ def test_the_mode_prepares_training_and_evaluation(cache, capfd):
     assert main.main(["--mode=prepare", "--config=configs/pretrain_text.py:tiny"]) == 0
     assert "evals" in capfd.readouterr().err
     assert len(list(cache.iterdir())) >= 1
+
+
+def test_the_mode_prepares_what_evaluators_read_that_number_their_examples(cache):
+    assert main.main(["--mode=prepare", "--config=configs/conll2003.py:tiny"]) == 0
+    made = {path.name for path in cache.iterdir()}
+    for evaluator in Experiment(overrides.load("configs/conll2003.py:tiny")).evaluators.values():
+        assert len(list(evaluator.dataset.epoch())) > 0
+    assert {path.name for path in cache.iterdir()} == made

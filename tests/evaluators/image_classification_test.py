@@ -129,5 +129,5 @@ def test_what_does_not_go_together():
 
 def test_evaluating_twice_compiles_once():
     twice = evaluator(ImageScores, mistakes=0)
-    assert twice._numbered is twice._numbered
+    assert twice.dataset is twice.dataset
     assert twice(PARAMS) == twice(jax.tree.map(np.copy, PARAMS))
