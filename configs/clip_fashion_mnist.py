@@ -2,7 +2,7 @@
 
 The texts are made of the ten classes and of six templates, so that this is a test of the method, not of CLIP's claim to
 classes that it never saw: nothing but prompts tells the model which class is meant.
-Hardware: one CPU core, four minutes. Variants: siglip, with a loss of pairs (Zhai 2023); tiny, which needs neither
+Hardware: one CPU core, five minutes. Variants: siglip, with a loss of pairs (Zhai 2023); tiny, which needs neither
 network nor files and takes seconds; siglip-tiny.
 """
 
@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 128
-    config.num_epochs = 4.0
+    config.num_epochs = 2.0
     config.tokenizer = dict(call="research.data.tokenizer.byte_level")
     config.task = dict(
         call="research.tasks.contrastive.Contrastive",
