@@ -85,7 +85,9 @@ class TextEncoder(nn.Module):
         x_BxTxD = self.word(input_ids_BxT) + self.position(jnp.arange(length))
         structure = Structure.within(attention_mask_BxT, length, causal=self.causal)
         x_BxTxD = self.drop(x_BxTxD)
-        x_BxTxD = stack(self.layers, self.num_layers, x_BxTxD, structure=structure, unroll=self.unroll, remat=self.remat)
+        x_BxTxD = stack(
+            self.layers, self.num_layers, x_BxTxD, structure=structure, unroll=self.unroll, remat=self.remat
+        )
         return self.norm(x_BxTxD)
 
 

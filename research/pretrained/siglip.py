@@ -60,8 +60,7 @@ FAMILY = _SigLip(
             },
             more=lambda fields: {
                 "vision_config": write_section("image", _IMAGE, fields),
-                "text_config": write_section("text", _TEXT, fields)
-                | {"projection_size": fields["image_hidden_size"]},
+                "text_config": write_section("text", _TEXT, fields) | {"projection_size": fields["image_hidden_size"]},
             },
         )
     },
