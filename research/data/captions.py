@@ -54,7 +54,7 @@ class _Captioned(Sequence[Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: Any) -> Mapping[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         pair = self.pairs[index]
         return {"image": str(storage.path(self.folder) / pair["source"]), "text": pair["target"]}
 

@@ -98,7 +98,7 @@ class Retrieval:
         """Return {"image_to_text_recall_1", "text_to_image_recall_1", ...}, shares of the examples."""
         images = _in_order(self._images, params, self.data, self.mesh, check)
         texts = _in_order(self._texts, params, self.data, self.mesh, check)
-        scores = {}
+        scores: dict[str, float] = {}
         for name, asked, found in (("image_to_text", images, texts), ("text_to_image", texts, images)):
             rank = own_ranks(asked, found)
             scores |= {f"{name}_recall_{most}": float((rank < most).mean()) for most in self.at}

@@ -121,14 +121,7 @@ class Clip(nn.Module):
         self, image_BxHxWxC: jax.Array, input_ids_BxT: jax.Array, attention_mask_BxT: jax.Array | None = None
     ) -> jax.Array:
         """Map images and texts to the logits float32 [B, B] of every image with every text."""
-        return self.bounded(image_BxHxWxC, input_ids_BxT, attention_mask_BxT, math.inf)
-
-    def bounded(
-        self, image_BxHxWxC: jax.Array, input_ids_BxT: jax.Array, attention_mask_BxT: jax.Array | None, most: float
-    ) -> jax.Array:
-        """Return what `__call__` does with a scale of at most `most` (Radford 2021, section 2.5)."""
-        images_BxE, texts_BxE = self.encode_image(image_BxHxWxC), self.encode_text(input_ids_BxT, attention_mask_BxT)
-        return jnp.exp(jnp.minimum(self.logit_scale, math.log(most))) * (images_BxE @ texts_BxE.T)
+        return self.logits(self.encode_image(image_BxHxWxC), self.encode_text(input_ids_BxT, attention_mask_BxT))
 
     def encode_image(self, image_BxHxWxC: jax.Array) -> jax.Array:
         """Map images float [B, H, W, C] to unit vectors float32 [B, E]."""
@@ -141,8 +134,12 @@ class Clip(nn.Module):
         hidden_BxTxD = self.text(input_ids_BxT, attention_mask_BxT)
         ends_BxT = input_ids_BxT == self.end_id
         end_BxD = jnp.take_along_axis(hidden_BxTxD, ends_BxT.argmax(axis=1)[:, None, None], axis=1)[:, 0]
-        end_BxD = jnp.where(ends_BxT.any(axis=1, keepdims=True), end_BxD.astype(jnp.float32), jnp.nan)
-        return _unit(self.text_projection(end_BxD))
+        vectors_BxE = _unit(self.text_projection(end_BxD.astype(jnp.float32)))
+        return jnp.where(ends_BxT.any(axis=1, keepdims=True), vectors_BxE, jnp.nan)
+
+    def logits(self, images_BxE: jax.Array, texts_CxE: jax.Array, most: float = math.inf) -> jax.Array:
+        """Return the scaled similarities float32 [B, C]; `most` bounds the scale (Radford 2021, section 2.5)."""
+        return jnp.exp(jnp.minimum(self.logit_scale, math.log(most))) * (images_BxE @ texts_CxE.T)
 
 
 class SigLip(nn.Module):
@@ -176,12 +173,7 @@ class SigLip(nn.Module):
 
     def __call__(self, image_BxHxWxC: jax.Array, input_ids_BxT: jax.Array) -> jax.Array:
         """Map images and texts to the logits float32 [B, B] of every image with every text."""
-        return self.bounded(image_BxHxWxC, input_ids_BxT, math.inf)
-
-    def bounded(self, image_BxHxWxC: jax.Array, input_ids_BxT: jax.Array, most: float) -> jax.Array:
-        """Return what `__call__` does with a scale of at most `most`."""
-        images_BxE, texts_BxE = self.encode_image(image_BxHxWxC), self.encode_text(input_ids_BxT)
-        return jnp.exp(jnp.minimum(self.logit_scale, math.log(most))) * (images_BxE @ texts_BxE.T) + self.logit_bias
+        return self.logits(self.encode_image(image_BxHxWxC), self.encode_text(input_ids_BxT))
 
     def encode_image(self, image_BxHxWxC: jax.Array) -> jax.Array:
         """Map images float [B, H, W, C] to unit vectors float32 [B, E]."""
@@ -193,6 +185,10 @@ class SigLip(nn.Module):
             found, needed = input_ids_BxT.shape[1], self.text.max_positions
             raise UserError(f"SigLIP's texts are padded to max_positions={needed}; these have {found} tokens")
         return _unit(self.text_projection(self.text(input_ids_BxT)[:, -1].astype(jnp.float32)))
+
+    def logits(self, images_BxE: jax.Array, texts_CxE: jax.Array, most: float = math.inf) -> jax.Array:
+        """Return the scaled and shifted similarities float32 [B, C]; `most` bounds the scale."""
+        return jnp.exp(jnp.minimum(self.logit_scale, math.log(most))) * (images_BxE @ texts_CxE.T) + self.logit_bias
 
 
 class AttentionPool(nn.Module):

@@ -9,40 +9,31 @@ import jax.numpy as jnp
 
 from research.errors import UserError, nearest
 from research.models import layers
-from research.models.attention import EVERYTHING, Attention, Structure
+from research.models.attention import Attention, Structure
 from research.models.blocks import Block, stack
 from research.models.positions import positions, rotary_angles
 
 POOLINGS = ("cls", "mean")
-Angles = tuple[jax.Array, jax.Array]
 
 
 class AlternatingBlock(Block):
     """A block that attends to all tokens or to near ones, as it is told."""
 
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        *,
-        structure: Structure = EVERYTHING,
-        local: jax.Array,
-        angles: tuple[Angles, Angles],
-        near_TxT: jax.Array,
-    ) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, **context: Any) -> jax.Array:
         """Map [B, T, D] to [B, T, D].
 
         Args:
           x_BxTxD: hidden states.
-          structure: see `Attention`.
-          local: bool, whether to attend to near tokens only.
-          angles: sine and cosine of the rotary positions of a layer that attends to all, and of a local one.
-          near_TxT: which tokens are near each other, bool.
+          **context: "structure", see `Attention`; "local", bool, whether to attend to near tokens only; "near_TxT", bool,
+            which tokens are near each other; "angles", sine and cosine of the rotary positions of a layer that attends
+            to all, and those of a local one.
         """
+        local = context["local"]
         # A bias hides what is far, as whether to do so is not known when the scan over the layers is compiled.
-        hidden = jnp.finfo(jnp.float32).min
-        bias = jnp.where(local & ~near_TxT, hidden, 0.0)[None, None]
-        sine, cosine = (jnp.where(local, own, every) for every, own in zip(*angles))
-        return super().__call__(x_BxTxD, structure=structure, bias=bias, rotary=(sine, cosine))
+        bias_TxT = jnp.where(local & ~context["near_TxT"], jnp.finfo(jnp.float32).min, 0.0)
+        sine, cosine = (jnp.where(local, own, every) for every, own in zip(*context["angles"]))
+        structure = context["structure"]
+        return super().__call__(x_BxTxD, structure=structure, bias=bias_TxT[None, None], rotary=(sine, cosine))
 
 
 class Encoder(nn.Module):

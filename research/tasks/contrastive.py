@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -75,23 +76,25 @@ class Contrastive:
         """Return an example's vectors as lists."""
         return {name: [float(x) for x in vector] for name, vector in output.items()}
 
-    def encode_image(self, params: Params, batch: Batch) -> jax.Array:
+    def encode_image(self, params: Params, batch: Batch, rngs: Mapping[str, jax.Array] | None = None) -> jax.Array:
         """Return unit vectors float32 [B, E] of images."""
-        return jnp.asarray(self.model.apply({"params": params}, batch["image"], method="encode_image"))
+        return jnp.asarray(self.model.apply({"params": params}, batch["image"], rngs=rngs, method="encode_image"))
 
-    def encode_text(self, params: Params, batch: Batch) -> jax.Array:
+    def encode_text(self, params: Params, batch: Batch, rngs: Mapping[str, jax.Array] | None = None) -> jax.Array:
         """Return unit vectors float32 [B, E] of texts."""
         inputs = [batch.get(name) for name in self._inputs if name != "image"]
-        return jnp.asarray(self.model.apply({"params": params}, *inputs, method="encode_text"))
+        return jnp.asarray(self.model.apply({"params": params}, *inputs, rngs=rngs, method="encode_text"))
 
     @property
     def _inputs(self) -> tuple[str, ...]:
         return self.model.inputs
 
-    def _logits(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
+    def _logits(self, params: Params, batch: Batch, rngs: Mapping[str, jax.Array]) -> jax.Array:
         most = math.inf if self.max_scale is None else self.max_scale
-        inputs = [batch.get(name) for name in self._inputs]
-        return jnp.asarray(self.model.apply({"params": params}, *inputs, most, rngs=rngs, method="bounded"))
+        real_Bx1 = batch["mask"][:, None] != 0  # a vector of padding may be NaN, which no weight of 0 removes
+        both = (encode(params, batch, rngs) for encode in (self.encode_image, self.encode_text))
+        vectors = (jnp.where(real_Bx1, vectors_BxE, 0.0) for vectors_BxE in both)
+        return jnp.asarray(self.model.apply({"params": params}, *vectors, most, method="logits"))
 
     def _loss(self, logits_BxB: jax.Array, mask_B: jax.Array) -> Mean:
         real_B = mask_B != 0
@@ -99,8 +102,8 @@ class Contrastive:
             signs_BxB = 2 * jnp.eye(len(mask_B)) - 1
             losses_BxB = -jax.nn.log_sigmoid(signs_BxB * logits_BxB)
             return Mean.of(weighted(losses_BxB, mask_B[None].astype(jnp.float32)).sum(axis=1), mask_B)
-        both_B = sum(_cross_entropy(logits, real_B) for logits in (logits_BxB, logits_BxB.T)) / 2
-        return Mean.of(both_B, mask_B)
+        images_B, texts_B = (_cross_entropy(logits, real_B) for logits in (logits_BxB, logits_BxB.T))
+        return Mean.of((images_B + texts_B) / 2, mask_B)
 
     def _scores(self, logits_BxB: jax.Array, mask_B: jax.Array) -> dict[str, Mean]:
         own_B = jnp.arange(len(mask_B))
