@@ -2,8 +2,9 @@
 
 The texts are made of the ten classes and of six templates, so that this is a test of the method, not of CLIP's claim to
 classes that it never saw: nothing but prompts tells the model which class is meant.
-Hardware: one CPU core, five minutes where nothing else runs. Variants: siglip, with a loss of pairs (Zhai 2023); tiny, which needs neither
-network nor files and takes seconds; siglip-tiny.
+Hardware: one CPU core, five minutes where nothing else runs.
+Variants: siglip, with a loss of pairs (Zhai 2023); tiny, which needs neither network nor files and takes seconds;
+siglip-tiny.
 """
 
 from ml_collections import ConfigDict

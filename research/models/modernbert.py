@@ -24,9 +24,9 @@ class AlternatingBlock(Block):
 
         Args:
           x_BxTxD: hidden states.
-          **context: "structure", see `Attention`; "local", bool, whether to attend to near tokens only; "near_TxT", bool,
-            which tokens are near each other; "angles", sine and cosine of the rotary positions of a layer that attends
-            to all, and those of a local one.
+          **context: "structure", see `Attention`; "local", bool, whether to attend to near tokens only; "near_TxT",
+            bool, which tokens are near each other; "angles", sine and cosine of the rotary positions of a layer that
+            attends to all, and those of a local one.
         """
         local = context["local"]
         # A bias hides what is far, as whether to do so is not known when the scan over the layers is compiled.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -76,11 +75,11 @@ class Contrastive:
         """Return an example's vectors as lists."""
         return {name: [float(x) for x in vector] for name, vector in output.items()}
 
-    def encode_image(self, params: Params, batch: Batch, rngs: Mapping[str, jax.Array] | None = None) -> jax.Array:
+    def encode_image(self, params: Params, batch: Batch, rngs: dict[str, jax.Array] | None = None) -> jax.Array:
         """Return unit vectors float32 [B, E] of images."""
         return jnp.asarray(self.model.apply({"params": params}, batch["image"], rngs=rngs, method="encode_image"))
 
-    def encode_text(self, params: Params, batch: Batch, rngs: Mapping[str, jax.Array] | None = None) -> jax.Array:
+    def encode_text(self, params: Params, batch: Batch, rngs: dict[str, jax.Array] | None = None) -> jax.Array:
         """Return unit vectors float32 [B, E] of texts."""
         inputs = [batch.get(name) for name in self._inputs if name != "image"]
         return jnp.asarray(self.model.apply({"params": params}, *inputs, rngs=rngs, method="encode_text"))
@@ -89,7 +88,7 @@ class Contrastive:
     def _inputs(self) -> tuple[str, ...]:
         return self.model.inputs
 
-    def _logits(self, params: Params, batch: Batch, rngs: Mapping[str, jax.Array]) -> jax.Array:
+    def _logits(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
         most = math.inf if self.max_scale is None else self.max_scale
         real_Bx1 = batch["mask"][:, None] != 0  # a vector of padding may be NaN, which no weight of 0 removes
         both = (encode(params, batch, rngs) for encode in (self.encode_image, self.encode_text))

@@ -99,9 +99,9 @@ def test_either_side_is_predicted_alone(case):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(UserError, match="config.task.objective: unknown 'sigmoit'"):
+    with pytest.raises(UserError, match=r"config.task.objective: unknown 'sigmoit'"):
         Contrastive(CLIP, "sigmoit")
-    with pytest.raises(UserError, match="config.data.features: 'input_ids' is missing"):
+    with pytest.raises(UserError, match=r"config.data.features: 'input_ids' is missing"):
         TASKS["softmax"].init(jax.random.key(0), spec({"image": batch()["image"]}))
     longer = spec(batch()) | {"input_ids": jax.ShapeDtypeStruct((6, 9), jnp.int32)}
     with pytest.raises(UserError, match="rows of 9 tokens are longer than the 5"):
@@ -126,6 +126,6 @@ def test_microbatches_are_refused():
         "features": ["image", "input_ids", "attention_mask"],
     }
     config.optimizer = {"learning_rate": 1e-3, "microbatches": 2}
+    experiment = Experiment(config, source=rows)
     with pytest.raises(UserError, match=r"config.optimizer.microbatches: Contrastive compares the examples of a batch"):
-        experiment = Experiment(config, source=rows)
         experiment.build()
