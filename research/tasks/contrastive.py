@@ -14,12 +14,12 @@ from research.metrics import Mean, weighted
 from research.task import Batch, Params, Spec
 from research.tasks import tokens
 
-OBJECTIVES = ("softmax", "sigmoid")
+LOSSES = ("softmax", "sigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """A model of images and texts -> logits [B, B], and an objective over all pairs of the global batch.
+    """A model of images and texts -> logits [B, B], and a loss over all pairs of the global batch.
 
     The loss of an example depends on the others of its batch, which are its negatives: all that are real, on whichever
     device; rows that only fill the batch up are neither positives nor negatives. Equal texts count as negatives of each
@@ -28,20 +28,20 @@ class Contrastive:
 
     Attributes:
       model: see `models.clip`.
-      objective: "softmax": cross-entropy of each image's text and of each text's image, averaged (Radford 2021, figure
+      loss_kind: "softmax": cross-entropy of each image's text and of each text's image, averaged (Radford 2021, figure
         3); "sigmoid": each pair on its own, summed over the texts of an image (Zhai 2023, equation 1).
       max_scale: bound of the learned scale of the similarities; None for none. CLIP's is 100.
     """
 
     model: nn.Module
-    objective: str = "softmax"
+    loss_kind: str = "softmax"
     max_scale: float | None = 100.0
 
     whole_batch: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise UserError(f"config.task.objective: unknown '{self.objective}'{nearest(self.objective, OBJECTIVES)}")
+        if self.loss_kind not in LOSSES:
+            raise UserError(f"config.task.loss_kind: unknown '{self.loss_kind}'{nearest(self.loss_kind, LOSSES)}")
         if self.max_scale is not None and self.max_scale <= 0:
             raise UserError(f"config.task.max_scale: {self.max_scale} must be above 0, or None for no bound")
 
@@ -97,7 +97,7 @@ class Contrastive:
 
     def _loss(self, logits_BxB: jax.Array, mask_B: jax.Array) -> Mean:
         real_B = mask_B != 0
-        if self.objective == "sigmoid":
+        if self.loss_kind == "sigmoid":
             signs_BxB = 2 * jnp.eye(len(mask_B)) - 1
             losses_BxB = -jax.nn.log_sigmoid(signs_BxB * logits_BxB)
             return Mean.of(weighted(losses_BxB, mask_B[None].astype(jnp.float32)).sum(axis=1), mask_B)

@@ -132,7 +132,7 @@ def test_an_end_token_from_before_it_was_recorded_is_the_highest_id(tmp_path):
     folder = huggingface.save(tmp_path / "model", MODELS["clip"], random_params(MODELS["clip"]))
     edit_config(folder, "text_config", eos_token_id=2)
     assert load(folder)[0].end_id == 30
-    with pytest.raises(UserError, match="CLIPModel needs end_id=30, the model has 2"):
+    with pytest.raises(UserError, match="takes an end_id of 2 for the highest id"):
         huggingface.save(tmp_path / "other", MODELS["clip"].clone(end_id=2), random_params(MODELS["clip"]))
 
 

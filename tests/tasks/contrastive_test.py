@@ -99,7 +99,7 @@ def test_either_side_is_predicted_alone(case):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(UserError, match=r"config.task.objective: unknown 'sigmoit'"):
+    with pytest.raises(UserError, match=r"config.task.loss_kind: unknown 'sigmoit'"):
         Contrastive(CLIP, "sigmoit")
     with pytest.raises(UserError, match=r"config.data.features: 'input_ids' is missing"):
         TASKS["softmax"].init(jax.random.key(0), spec({"image": batch()["image"]}))
