@@ -26,7 +26,7 @@ from research.errors import UserError, nearest
 from research.generation.decoding import Decoding
 from research.optimizer import Optimizer
 from research.reporting.record import read_config
-from research.task import Adapts, Borrows, KeepsStart, Params, Spec, Task
+from research.task import Adapts, Borrows, KeepsStart, NeedsWholeBatch, Params, Spec, Task
 
 KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
@@ -97,6 +97,11 @@ class Experiment:
             getattr(self, name)
         if isinstance(self.trained_task, Adapts):
             self._check_adapter()
+        if isinstance(self.task, NeedsWholeBatch) and self.optimizer.microbatches > 1:
+            raise UserError(
+                f"config.optimizer.microbatches: {type(self.task).__name__} compares the examples of a batch with each "
+                "other, which parts of it cannot; set it to 1, and config.task.model's remat='full' to save memory"
+            )
         for pattern in self._borrowed:
             if not self.config.get("init"):
                 raise UserError(f"config.init: it is missing, and {self._others(pattern)}")

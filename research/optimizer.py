@@ -243,7 +243,8 @@ def path_values(params: Params, rules: Rules) -> Params:
 def _layer_decay(params: Params, decay: float) -> Params:
     """Return decay**depth: 0 for a head, 1 for the last layer, and one more than layers for what comes before them.
 
-    That is embeddings of text, and the patches, the tokens before them and the positions of images.
+    That is embeddings of text, the patches, the tokens before them and the positions of images, and a first block that
+    stands beside the stack, as ModernBERT's does.
     """
     stacks = {found for path in jax.tree.leaves(paths(params)) for found in re.findall(r"^(.*?)layers/(\d+)/", path)}
     rules, deepest = [], 0
@@ -251,7 +252,9 @@ def _layer_decay(params: Params, decay: float) -> Params:
         depth = 1 + max(int(layer) for other, layer in stacks if other == prefix)
         deepest = max(deepest, depth)
         rules += [(f"^{re.escape(prefix)}layers/{layer}/", decay ** (depth - layer)) for layer in range(depth)]
-        rules += [(f"^{re.escape(prefix)}(embeddings|patches|prefix|position)(/|$)", decay ** (depth + 1))]
+        rules += [
+            (f"^{re.escape(prefix)}(embeddings|patches|prefix|position|norm_in|first)(/|$)", decay ** (depth + 1))
+        ]
     if not rules:
         raise UserError("config.optimizer.layer_decay: the model has no stacked layers to decay over")
     return path_values(params, [*rules, (r"/embedding$", decay ** (deepest + 1))])  # tables beside the stacks

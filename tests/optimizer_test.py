@@ -158,6 +158,17 @@ def test_layer_decay_reaches_tables_that_stand_beside_the_layers():
     np.testing.assert_allclose(updates["norm_out"]["scale"], -0.1, rtol=1e-5)
 
 
+def test_layer_decay_reaches_a_first_block_that_stands_beside_the_stack():
+    encoder = {name: {"mlp": {"kernel": jnp.ones((3, 2))}} for name in ("first", "layers")}
+    params = {"encoder": encoder | {"norm_in": {"scale": jnp.ones(2)}, "norm_out": {"scale": jnp.ones(2)}}}
+    chosen = optimizer.make_optimizer(10, 0.1, schedule="constant", clip_norm=None, layer_decay=0.5)
+    updates = chosen.update(params, chosen.init(params), params)[0]["encoder"]
+    np.testing.assert_allclose(updates["first"]["mlp"]["kernel"], -0.1 * 0.0625, rtol=1e-5)
+    np.testing.assert_allclose(updates["layers"]["mlp"]["kernel"][:, 0], [-0.0125, -0.025, -0.05], rtol=1e-5)
+    np.testing.assert_allclose(updates["norm_in"]["scale"], -0.1 * 0.0625, rtol=1e-5)
+    np.testing.assert_allclose(updates["norm_out"]["scale"], -0.1, rtol=1e-5)
+
+
 def test_layer_decay_reaches_what_an_image_is_embedded_by():
     model = vit.ImageClassifier(vit.Encoder(4, 2, 1, 8, 3, 2, 8), num_outputs=2)
     params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"]

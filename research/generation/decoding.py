@@ -37,6 +37,8 @@ class Decoding:
       early_stopping: end when K beams have finished; else when no running beam, at its current length, beats them.
       stop: texts, or special tokens by their names, that end the output and are excluded from it.
       decoder_start_id: what an encoder-decoder's output begins with; None for the padding token, as in T5 and Marian.
+      forced_first_id: the first new token, whatever the model says; None for the model's choice. BART's summarisers are
+        generated from with their beginning-of-text token here, as their config.json has in forced_bos_token_id.
       bos: whether to put the beginning-of-text token before a prompt, as `data.language.CausalTokens` does.
       chat: whether a prompt is a user's turn, formatted by the tokenizer's chat template.
       prefix: text put before every prompt, as in `data.language.Seq2Seq`.
@@ -53,6 +55,7 @@ class Decoding:
     early_stopping: bool = False
     stop: tuple[str, ...] = ()
     decoder_start_id: int | None = None
+    forced_first_id: int | None = None
     bos: bool = True
     chat: bool = False
     prefix: str = ""
@@ -111,9 +114,15 @@ def prefill(
     if hasattr(model, "encode"):
         encoded_BxTxD = model.apply({"params": params}, ids_BxT, mask_BxT, method="encode")
         start_Bx1 = ones_BxN[:, :1] * (pad_id if decoding.decoder_start_id is None else decoding.decoder_start_id)
-        return _apply(model, params, {"source": encoded_BxTxD, "source_mask": mask_BxT, "mask": ones_BxN}, start_Bx1)
-    ids_BxT, mask_BxT = _left_padded(ids_BxT, mask_BxT)
-    return _apply(model, params, {"mask": jnp.concatenate([mask_BxT, ones_BxN[:, 1:]], axis=1)}, ids_BxT)
+        state = {"source": encoded_BxTxD, "source_mask": mask_BxT, "mask": ones_BxN}
+        logits_BxV, state = _apply(model, params, state, start_Bx1)
+    else:
+        ids_BxT, mask_BxT = _left_padded(ids_BxT, mask_BxT)
+        state = {"mask": jnp.concatenate([mask_BxT, ones_BxN[:, 1:]], axis=1)}
+        logits_BxV, state = _apply(model, params, state, ids_BxT)
+    if (forced := decoding.forced_first_id) is not None:
+        logits_BxV = jnp.full_like(logits_BxV, -jnp.inf).at[:, forced].set(0.0)
+    return logits_BxV, state
 
 
 def advance(model: nn.Module, params: Params, state: State, token_B: jax.Array) -> tuple[jax.Array, State]:
@@ -169,6 +178,8 @@ def room(model: nn.Module, batch: Batch) -> jax.Array | None:
     if getattr(model, "positions", None) != "learned":
         return None
     ids_BxT = batch["input_ids"]
+    if hasattr(model, "encode"):
+        return jnp.full(len(ids_BxT), model.max_positions, jnp.int32)  # the start token takes the first
     mask_BxT = batch["attention_mask"] != 0 if "attention_mask" in batch else jnp.ones(ids_BxT.shape, bool)
     return model.max_positions + 1 - mask_BxT.sum(axis=1, dtype=jnp.int32)  # the last token is not fed back
 
@@ -209,6 +220,15 @@ def check_room(model: nn.Module, prompt: int, decoding: Decoding) -> None:
     if getattr(model, "positions", None) != "learned":
         return
     most = model.max_positions
+    if hasattr(model, "encode"):
+        if prompt > most:
+            raise UserError(f"the input has {prompt} tokens, but the model has {most} positions; shorten it")
+        if decoding.max_new_tokens > most:
+            raise UserError(
+                f"config.decoding.max_new_tokens: {decoding.max_new_tokens} are too many, as the model has {most} "
+                "positions"
+            )
+        return
     if prompt >= most:
         raise UserError(f"the prompt has {prompt} tokens, but the model has {most} positions; shorten it")
     if prompt + decoding.max_new_tokens > most + 1:

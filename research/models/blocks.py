@@ -3,7 +3,7 @@
 Shape letters as in `layers`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -113,7 +113,14 @@ def default_unroll(num_layers: int) -> int:
 
 
 def stack(
-    block: nn.Module, num_layers: int, x: jax.Array, *, unroll: int | None = None, remat: str = "none", **context: Any
+    block: nn.Module,
+    num_layers: int,
+    x: jax.Array,
+    *,
+    unroll: int | None = None,
+    remat: str = "none",
+    each: Mapping[str, jax.Array] | None = None,
+    **context: Any,
 ) -> jax.Array:
     """Apply `num_layers` blocks in turn, compiled once by a scan over their stacked parameters.
 
@@ -125,21 +132,22 @@ def stack(
       unroll: how many blocks the compiler sees at once; None chooses by platform and depth, see `default_unroll`. The
         parameters' layout stays.
       remat: what is recomputed in the backward pass instead of kept, by the names of `REMAT`.
+      each: arrays with a leading axis of length `num_layers`, of which every block is passed its own.
       **context: passed to every block.
 
     Where the parameters come as {"0": those of the first block, ...} the blocks are applied one by one, and their
     caches are kept alike. Decoding does so: a scan copies every layer's weights for every token.
     """
     if block.has_variable("params", "0"):
-        return _one_by_one(block, num_layers, x, context)
-    return _scan(block, num_layers, x, unroll, remat, context)[0]
+        return _one_by_one(block, num_layers, x, context, each or {})
+    return _scan(block, num_layers, x, unroll, remat, context, each or {})[0]
 
 
 def every_output(
     block: nn.Module, num_layers: int, x: jax.Array, *, unroll: int | None = None, remat: str = "none", **context: Any
 ) -> jax.Array:
     """Apply blocks as `stack` does and return the outputs of all of them, [num_layers, B, T, D]."""
-    return _scan(block, num_layers, x, unroll, remat, context, every=True)[1]
+    return _scan(block, num_layers, x, unroll, remat, context, {}, every=True)[1]
 
 
 def _scan(
@@ -149,11 +157,13 @@ def _scan(
     unroll: int | None,
     remat: str,
     context: dict[str, Any],
+    each: Mapping[str, jax.Array],
     every: bool = False,
 ) -> tuple[jax.Array, Any]:
     """Return the output of the last block and, where `every` one is asked for, those of all, stacked."""
     # A share that is 0 everywhere is left out: blocks need not know of depth.
     scanned = {"depth": jnp.linspace(0, 1, num_layers)} if getattr(block, "drop_path", 0.0) else {}
+    scanned |= each
 
     def step(
         block: nn.Module, x: jax.Array, context: dict[str, Any], own: dict[str, jax.Array]
@@ -176,12 +186,16 @@ def _scan(
     return scan(block, x, context, scanned)
 
 
-def _one_by_one(block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any]) -> jax.Array:
+def _one_by_one(
+    block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any], each: Mapping[str, jax.Array]
+) -> jax.Array:
     alone, held = block.clone(parent=None), block.variables
     mutable = ["cache"] if block.is_mutable_collection("cache") else []
-    for name in map(str, range(num_layers)):
+    for layer in range(num_layers):
+        name = str(layer)
+        own: dict[str, Any] = {key: value[layer] for key, value in each.items()}
         variables = {collection: every[name] for collection, every in held.items() if name in every}
-        x, changed = alone.apply(variables, x, mutable=mutable, **context)
+        x, changed = alone.apply(variables, x, mutable=mutable, **context, **own)
         for collection, value in changed.items():
             block.put_variable(collection, name, value)
     return x

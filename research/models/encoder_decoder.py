@@ -1,4 +1,4 @@
-"""Encoder-decoders: the original Transformer (Vaswani 2017), as Marian has it, and T5 (Raffel 2019)."""
+"""Encoder-decoders: the original Transformer (Vaswani 2017), as Marian has it, T5 (Raffel 2019), BART (Lewis 2019)."""
 
 import functools
 import math
@@ -14,7 +14,8 @@ from research.models.attention import EVERYTHING, Attention, CacheIndex, Structu
 from research.models.blocks import Block, stack
 from research.models.positions import RelativeBias, positions, sinusoids
 
-POSITIONS = ("sinusoidal", "relative")
+POSITIONS = ("sinusoidal", "learned", "relative")
+SIDES = ("encoder", "decoder")
 
 
 class Stack(nn.Module):
@@ -86,7 +87,10 @@ class EncoderDecoder(nn.Module):
       num_heads: H.
       head_width: K; D / H where it is None.
       intermediate_size: F.
-      positions: "sinusoidal", added to the embeddings, or "relative", T5's bias, with its scores not scaled down.
+      positions: "sinusoidal", added to the embeddings; "learned", likewise, from a table of each side's own; or
+        "relative", T5's bias, with its scores not scaled down.
+      max_positions: the longest sequence of either side that there are learned positions for.
+      embedding_norm: whether the sum of word and position embeddings is normalised (Lewis 2019).
       relative_buckets: of T5's bias.
       relative_max_distance: of T5's bias.
       norm: "layer" or "rms".
@@ -118,6 +122,8 @@ class EncoderDecoder(nn.Module):
     head_width: int | None = None
     intermediate_size: int = 2048
     positions: str = "sinusoidal"
+    max_positions: int = 1024
+    embedding_norm: bool = False
     relative_buckets: int = 32
     relative_max_distance: int = 128
     norm: str = "layer"
@@ -197,6 +203,12 @@ class EncoderDecoder(nn.Module):
         )
         self.word = layers.Embedding(self.vocab_size, self.hidden_size, dtype, table_init)
         self.scale = scale
+        if self.positions == "learned":
+            position_init = nn.initializers.normal(1.0 if self.initializer_range is None else self.initializer_range)
+            table = functools.partial(layers.Embedding, self.max_positions, self.hidden_size, dtype, position_init)
+            self.position = {side: table() for side in SIDES}
+        if self.embedding_norm:
+            self.norm_in = {side: norm() for side in SIDES}
         self.encoder = stack(self.num_layers, causal=False)
         self.decoder = stack(self.num_decoder_layers or self.num_layers, causal=True)
         if not self.tie_embeddings:
@@ -232,7 +244,7 @@ class EncoderDecoder(nn.Module):
         positions_BxS: jax.Array | None = None,
     ) -> jax.Array:
         """Map token ids int32 [B, S] to [B, S, D]; see `attention.Structure` for the numbers in the mask."""
-        x_BxSxD = self._embed(input_ids_BxS, attention_mask_BxS, positions_BxS, 0)
+        x_BxSxD = self._embed("encoder", input_ids_BxS, attention_mask_BxS, positions_BxS, 0)
         return self.encoder(x_BxSxD, attention_mask_BxS, packed=positions_BxS is not None)
 
     def decode(
@@ -258,7 +270,9 @@ class EncoderDecoder(nn.Module):
         length = decoder_input_ids_BxT.shape[1]
         index = self.cache_index(length)
         start = 0 if index is None else index
-        x_BxTxD = self._embed(decoder_input_ids_BxT, decoder_attention_mask_BxT, decoder_positions_BxT, start)
+        x_BxTxD = self._embed(
+            "decoder", decoder_input_ids_BxT, decoder_attention_mask_BxT, decoder_positions_BxT, start
+        )
         source, packed = EVERYTHING, decoder_positions_BxT is not None
         if attention_mask_BxS is not None:
             numbers_BxT = jnp.ones(decoder_input_ids_BxT.shape, attention_mask_BxS.dtype)
@@ -297,14 +311,18 @@ class EncoderDecoder(nn.Module):
 
     def _embed(
         self,
+        side: str,
         input_ids_BxT: jax.Array,
         numbers_BxS: jax.Array | None,
         positions_BxT: jax.Array | None,
         start: jax.Array | int,
     ) -> jax.Array:
         x_BxTxD = self.word(input_ids_BxT) * jnp.asarray(self.scale, self.dtype)
-        if self.positions == "relative":
-            return x_BxTxD
-        if positions_BxT is None:
-            positions_BxT = positions(numbers_BxS, input_ids_BxT.shape, start)
-        return x_BxTxD + sinusoids(positions_BxT, self.hidden_size).astype(self.dtype)
+        if self.positions != "relative":
+            if positions_BxT is None:
+                positions_BxT = positions(numbers_BxS, input_ids_BxT.shape, start)
+            if self.positions == "learned":
+                x_BxTxD += self.position[side](positions_BxT)
+            else:
+                x_BxTxD += sinusoids(positions_BxT, self.hidden_size).astype(self.dtype)
+        return self.norm_in[side](x_BxTxD) if self.embedding_norm else x_BxTxD

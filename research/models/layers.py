@@ -295,16 +295,19 @@ def for_each(rows_TxD: jax.Array, batch: int) -> jax.Array:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation (Ba 2016) over the last axis, computed in float32."""
+    """Layer normalisation (Ba 2016) over the last axis, computed in float32; `use_bias` says whether it shifts."""
 
     epsilon: float = 1e-12
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., D] to [..., D], in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        bias = jnp.zeros_like(scale)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 

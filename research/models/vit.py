@@ -26,12 +26,14 @@ class Patches(nn.Module):
       hidden_size: D.
       dtype: of the product.
       kernel_init: of the kernel.
+      use_bias: whether a bias is added.
     """
 
     patch_size: int
     hidden_size: int
     dtype: Any = jnp.float32
     kernel_init: layers.Initializer = nn.initializers.normal(0.02)
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, image_BxHxWxC: jax.Array) -> jax.Array:
@@ -39,9 +41,9 @@ class Patches(nn.Module):
         squares_BxNxF = cut(image_BxHxWxC, self.patch_size)
         shape = (self.patch_size, self.patch_size, image_BxHxWxC.shape[-1], self.hidden_size)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).reshape(-1, self.hidden_size)
-        bias = self.param("bias", nn.initializers.zeros, (self.hidden_size,), jnp.float32)
-        flat = squares_BxNxF.reshape(-1, kernel.shape[0]).astype(self.dtype)
-        out = flat @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        out = squares_BxNxF.reshape(-1, kernel.shape[0]).astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            out += self.param("bias", nn.initializers.zeros, (self.hidden_size,), jnp.float32).astype(self.dtype)
         return out.reshape(*squares_BxNxF.shape[:2], self.hidden_size)
 
 
@@ -124,6 +126,8 @@ class Encoder(nn.Module):
       activation: of the MLP, by its Hugging Face name.
       gated: whether the MLP is gated.
       use_bias: of the projections to queries, keys and values.
+      patch_bias: of the embeddings of patches.
+      embedding_norm: whether embedded tokens are normalised before the first block (Radford 2021).
       layer_norm_epsilon: of every norm.
       layer_scale: see `blocks.Block`.
       drop_path: see `blocks.Block`.
@@ -148,6 +152,8 @@ class Encoder(nn.Module):
     activation: str = "gelu"
     gated: bool = False
     use_bias: bool = True
+    patch_bias: bool = True
+    embedding_norm: bool = False
     layer_norm_epsilon: float = 1e-6
     layer_scale: float | None = None
     drop_path: float = 0.0
@@ -164,7 +170,7 @@ class Encoder(nn.Module):
         if self.positions not in (kinds := ("learned", "sinusoidal")):
             raise UserError(f"positions: unknown '{self.positions}'{nearest(self.positions, kinds)}")
         dtype, init = jnp.dtype(self.dtype), nn.initializers.normal(self.initializer_range)
-        self.patches = Patches(self.patch_size, self.hidden_size, dtype, init)
+        self.patches = Patches(self.patch_size, self.hidden_size, dtype, init, self.patch_bias)
         if self.prefix_tokens:
             self.prefix = self.param("prefix", init, (self.prefix_tokens, self.hidden_size), jnp.float32)
         if self.positions == "learned":
@@ -190,6 +196,8 @@ class Encoder(nn.Module):
             drop_path=self.drop_path,
         )
         self.norm = norm()
+        if self.embedding_norm:
+            self.norm_in = norm()
 
     @property
     def _grid(self) -> tuple[int, int]:
@@ -219,6 +227,8 @@ class Encoder(nn.Module):
 
     def encode(self, x_BxTxD: jax.Array) -> jax.Array:
         """Map embedded tokens, all or some of them, [B, T, D], to hidden states [B, T, D], normalised."""
+        if self.embedding_norm:
+            x_BxTxD = self.norm_in(x_BxTxD)
         x_BxTxD = stack(self.layers, self.num_layers, self.drop(x_BxTxD), unroll=self.unroll, remat=self.remat)
         return self.norm(x_BxTxD)
 

@@ -9,7 +9,7 @@ import numpy as np
 from research.models import vit
 from research.pretrained import family
 from research.pretrained.family import Computed, Family, Key, Kind, Layout, Tensor
-from research.pretrained.vit import ONLY, attention_tensors, embedding_tensors, encoder_keys
+from research.pretrained.vit import EMBEDDING, ONLY, attention_tensors, embedding_tensors, encoder_keys
 
 _LAYER = "dinov2.encoder.layer.{}."
 _GATED = Key("use_swiglu_ffn", False)
@@ -67,7 +67,7 @@ FAMILY = Family(
                 "layer_scale": Key("layerscale_value", 1.0, free=True),
                 "drop_path": Key("drop_path_rate", 0.0, free=True),
             },
-            constants={"positions": "learned", "prefix_tokens": 1, "pooling": "token_and_mean"},
+            constants=EMBEDDING | {"prefix_tokens": 1, "pooling": "token_and_mean"},
             more=_more,
             tensors=family.linear("head_output", "classifier", part="head"),
         ),

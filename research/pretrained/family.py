@@ -80,7 +80,8 @@ class Kind:
     Attributes:
       architecture: Transformers' name of the class.
       model: our class.
-      parts: those of its fields that are modules, and their classes. No two classes may share a field name.
+      parts: those of its fields that are modules, and their classes. No two classes may share a field name, unless
+        the kind is `scoped`.
       keys: our fields that config.json holds.
       constants: our fields that the family fixes.
       complete: returns the fields of a model with those written out that its class derives where they are None.
@@ -88,6 +89,7 @@ class Kind:
       defaults: keys of config.json for generation, where `huggingface.save` is not given them.
       tensors: the lines of the table of names that are this kind's alone, such as those of its head.
       same_head: Transformers' names of other classes whose files hold the same head.
+      scoped: whether the fields of a part are called by its name too, "text_num_layers", as those of two towers are.
     """
 
     architecture: str
@@ -100,6 +102,7 @@ class Kind:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tensors: Sequence["Tensor"] = ()
     same_head: Sequence[str] = ()
+    scoped: bool = False
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of the model that `config` describes."""
@@ -121,14 +124,15 @@ class Kind:
 
     def build(self, fields: Mapping[str, Any]) -> nn.Module:
         """Return the model with these fields; raise UserError for a value of the wrong type."""
-        parts = {name: part(**self._own(part, fields)) for name, part in self.parts.items()}
+        parts = {name: part(**self._own(part, fields, self._prefix(name))) for name, part in self.parts.items()}
         return self.model(**self._own(self.model, fields), **parts)
 
     def fields(self, model: nn.Module) -> dict[str, Any]:
         """Return the fields that `build` makes `model` from."""
         fields = {name: getattr(model, name) for name in _types(self.model) if name not in self.parts}
         for name, part in self.parts.items():
-            fields |= {field: getattr(getattr(model, name), field) for field in _types(part)}
+            of_part = getattr(model, name)
+            fields |= {self._prefix(name) + field: getattr(of_part, field) for field in _types(part)}
         return self.complete(fields)
 
     def matches(self, model: nn.Module) -> bool:
@@ -137,18 +141,23 @@ class Kind:
 
     def overridable(self) -> set[str]:
         """Return the fields that may differ from the checkpoint's: the free ones, and those it says nothing about."""
-        names = {name for part in (self.model, *self.parts.values()) for name in _types(part)} - set(self.parts)
+        names = set(_types(self.model)) - set(self.parts)
+        for part_name, part in self.parts.items():
+            names |= {self._prefix(part_name) + name for name in _types(part)}
         fixed = {field for field, key in self.keys.items() if not key.free} | set(self.constants)
         return names - fixed
 
-    def _own(self, part: type[nn.Module], fields: Mapping[str, Any]) -> dict[str, Any]:
+    def _prefix(self, part: str) -> str:
+        return f"{part}_" if self.scoped else ""
+
+    def _own(self, part: type[nn.Module], fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         types = _types(part)
-        own = {name: value for name, value in fields.items() if name in types}
+        own = {name: fields[prefix + name] for name in types if prefix + name in fields}
         for name, value in own.items():
             try:
                 typeguard.check_type(value, types[name])
             except typeguard.TypeCheckError as error:
-                raise UserError(f"{name}={value!r} is of the wrong type: {error}") from None
+                raise UserError(f"{prefix}{name}={value!r} is of the wrong type: {error}") from None
         return own
 
 

@@ -14,7 +14,7 @@ from research.pretrained.family import Computed, Family, Key, Kind, Layout, Tens
 _HIDDEN = Key("d_model", 1024)
 
 
-def _shared(name: str, default: int) -> Computed:
+def _both_sides(name: str, default: int) -> Computed:
     """A size that both sides have in common, as our model has it once."""
 
     def read(config: Mapping[str, Any]) -> Any:
@@ -38,7 +38,8 @@ def _embedding_scale(config: Mapping[str, Any]) -> float:
     return math.sqrt(_HIDDEN.read(config)) if config.get("scale_embedding") else 1.0
 
 
-def _complete(fields: dict[str, Any]) -> dict[str, Any]:
+def complete(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with those written out that `EncoderDecoder` derives where they are None."""
     width, heads, layers = fields["hidden_size"], fields["num_heads"], fields["num_layers"]
     return fields | {
         "num_decoder_layers": layers if fields["num_decoder_layers"] is None else fields["num_decoder_layers"],
@@ -72,6 +73,52 @@ def _side(side: str) -> list[Tensor]:
     ]
 
 
+# Transformers always has a bias of the logits and takes one that is absent for zeros; the key "logits_bias" is ours.
+KEYS: dict[str, Key | Computed] = {
+    "hidden_size": _HIDDEN,
+    "num_layers": Key("encoder_layers", 12),
+    "num_decoder_layers": Key("decoder_layers", 12),
+    "num_heads": _both_sides("attention_heads", 16),
+    "intermediate_size": _both_sides("ffn_dim", 4096),
+    "activation": Key("activation_function", "gelu"),
+    "embedding_scale": Computed(_embedding_scale, lambda value: {"scale_embedding": value != 1.0}),
+    "logits_bias": Key("logits_bias", True),
+    "dropout": Key("dropout", 0.1, free=True),
+    "attention_dropout": Key("attention_dropout", 0.0, free=True),
+    "activation_dropout": Key("activation_dropout", 0.0, free=True),
+}
+CONSTANTS = {
+    "head_width": None,
+    "norm": "layer",
+    "norm_first": False,
+    "norm_epsilon": 1e-5,
+    "gated": False,
+    "use_bias": True,
+    "tie_embeddings": True,
+    "logits_scale": 1.0,
+}
+TENSORS = [
+    *family.embedding("word", "model.shared"),
+    *_side("encoder"),
+    *_side("decoder"),
+    Tensor(("head_bias",), "final_logits_bias", Layout(lambda x: [x[0]], lambda x: x[np.newaxis]), part="bias"),
+]
+COPIES = {
+    "model.encoder.embed_tokens.weight": "model.shared.weight",
+    "model.decoder.embed_tokens.weight": "model.shared.weight",
+    "lm_head.weight": "model.shared.weight",
+}
+ONLY = {
+    "tie_word_embeddings": True,
+    "is_encoder_decoder": True,
+    "is_decoder": False,
+    "normalize_before": False,
+    "add_final_layer_norm": False,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+    "quantization_config": {},
+}
+
 FAMILY = Family(
     prefix="model.",
     kinds={
@@ -79,33 +126,10 @@ FAMILY = Family(
             architecture="MarianMTModel",
             model=EncoderDecoder,
             parts={},
-            keys={
-                "vocab_size": Computed(_vocab_size, lambda value: {"vocab_size": value, "decoder_vocab_size": value}),
-                "hidden_size": _HIDDEN,
-                "num_layers": Key("encoder_layers", 12),
-                "num_decoder_layers": Key("decoder_layers", 12),
-                "num_heads": _shared("attention_heads", 16),
-                "intermediate_size": _shared("ffn_dim", 4096),
-                "activation": Key("activation_function", "gelu"),
-                "embedding_scale": Computed(_embedding_scale, lambda value: {"scale_embedding": value != 1.0}),
-                # Transformers always has the bias and takes one that is absent for zeros; the key is ours.
-                "logits_bias": Key("logits_bias", True),
-                "dropout": Key("dropout", 0.1, free=True),
-                "attention_dropout": Key("attention_dropout", 0.0, free=True),
-                "activation_dropout": Key("activation_dropout", 0.0, free=True),
-            },
-            constants={
-                "head_width": None,
-                "positions": "sinusoidal",
-                "norm": "layer",
-                "norm_first": False,
-                "norm_epsilon": 1e-5,
-                "gated": False,
-                "use_bias": True,
-                "tie_embeddings": True,
-                "logits_scale": 1.0,
-            },
-            complete=_complete,
+            keys=KEYS
+            | {"vocab_size": Computed(_vocab_size, lambda value: {"vocab_size": value, "decoder_vocab_size": value})},
+            constants=CONSTANTS | {"positions": "sinusoidal", "embedding_norm": False},
+            complete=complete,
             more=lambda fields: {
                 "is_encoder_decoder": True,
                 "share_encoder_decoder_embeddings": True,
@@ -121,29 +145,9 @@ FAMILY = Family(
             },
         )
     },
-    tensors=[
-        *family.embedding("word", "model.shared"),
-        *_side("encoder"),
-        *_side("decoder"),
-        Tensor(("head_bias",), "final_logits_bias", Layout(lambda x: [x[0]], lambda x: x[np.newaxis]), part="bias"),
-    ],
-    copies={
-        "model.encoder.embed_tokens.weight": "model.shared.weight",
-        "model.decoder.embed_tokens.weight": "model.shared.weight",
-        "lm_head.weight": "model.shared.weight",
-    },
-    only={
-        "share_encoder_decoder_embeddings": True,
-        "tie_word_embeddings": True,
-        "is_encoder_decoder": True,
-        "is_decoder": False,
-        "normalize_before": False,
-        "normalize_embedding": False,
-        "add_final_layer_norm": False,
-        "static_position_embeddings": True,
-        "encoder_layerdrop": 0.0,
-        "decoder_layerdrop": 0.0,
-        "quantization_config": {},
-    },
+    tensors=TENSORS,
+    copies=COPIES,
+    only=ONLY
+    | {"share_encoder_decoder_embeddings": True, "normalize_embedding": False, "static_position_embeddings": True},
     unused=[r"model\.(encoder|decoder)\.embed_(tokens|positions)\.weight", r"lm_head\.weight"],
 )

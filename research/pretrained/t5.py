@@ -120,6 +120,7 @@ FAMILY = Family(
             },
             constants={
                 "positions": "relative",
+                "embedding_norm": False,
                 "norm": "rms",
                 "norm_first": True,
                 "use_bias": False,

@@ -46,7 +46,8 @@ KEYS = encoder_keys(16, 1e-12) | {
     "intermediate_size": Key("intermediate_size", 3072),
     "activation": Key("hidden_act", "gelu"),
 }
-CONSTANTS = {"positions": "learned", "gated": False, "layer_scale": None}
+EMBEDDING = {"positions": "learned", "patch_bias": True, "embedding_norm": False}
+CONSTANTS = EMBEDDING | {"gated": False, "layer_scale": None}
 ONLY: dict[str, Any] = {"pruned_heads": {}, "per_layer_config": {}, "quantization_config": {}}
 
 

@@ -16,6 +16,7 @@ from research.models import vit
 from research.models.mae import MaskedAutoencoder
 from research.pretrained import family
 from research.pretrained.family import Family, Key, Kind, Layout, Tensor
+from research.pretrained.vit import CONSTANTS
 
 TOLERANCE = 1e-5  # between sines computed here and there
 
@@ -35,7 +36,7 @@ _ENCODER_KEYS = {
     "attention_dropout": Key("attention_probs_dropout_prob", 0.0, free=True),
     "initializer_range": Key("initializer_range", 0.02, free=True),
 }
-_CONSTANTS = {"prefix_tokens": 1, "positions": "sinusoidal", "gated": False, "layer_scale": None}
+_CONSTANTS = CONSTANTS | {"prefix_tokens": 1, "positions": "sinusoidal"}
 _DECODER_KEYS = {
     "decoder_hidden_size": Key("decoder_hidden_size", 512),
     "decoder_num_layers": Key("decoder_num_hidden_layers", 8),

@@ -94,7 +94,7 @@ def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_shard_byt
     )
     for file, names in plan.filename_to_tensors.items():
         # safetensors writes the buffer as it lies in memory, so that a transposed view must be copied first.
-        shard = {name: np.ascontiguousarray(tensors[name]) for name in names}
+        shard = {name: np.asarray(tensors[name], order="C") for name in names}
         safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors lets the owner alone read it
     if plan.is_sharded:

@@ -21,11 +21,13 @@ transformers = pytest.importorskip("transformers")
 TINY = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "intermediate_size": 32}
 LLAMA = {"positions": "rotary", "norm": "rms", "activation": "silu", "gated": True, "num_kv_heads": 2}
 BARE = {"attention_bias": False, "out_bias": False, "mlp_bias": False}
+BART = {"positions": "learned", "max_positions": 12, "embedding_norm": True, "initializer_range": 0.02}
 T5 = {"positions": "relative", "norm": "rms", "norm_first": True, "use_bias": False, "embedding_scale": 1.0}
 MODELS = {
     "gpt2": Decoder(**TINY, max_positions=64),
     "llama": Decoder(**TINY, **LLAMA, **BARE),
     "marian": EncoderDecoder(**TINY, logits_bias=True, embedding_scale=1.0),
+    "bart": EncoderDecoder(**TINY, **BART, logits_bias=True, embedding_scale=1.0),
     "t5": EncoderDecoder(**TINY, **T5, logits_scale=0.25),
 }
 LENGTHS = (7, 4, 1, 6)

@@ -103,6 +103,34 @@ def test_a_cache_changes_nothing_and_a_batch_equals_its_rows(name):
     np.testing.assert_array_equal(found, generated(name, settings, prompts("left")))
 
 
+BART = EncoderDecoder(
+    **TINY, positions="learned", max_positions=7, embedding_norm=True, embedding_scale=1.0, initializer_range=0.5
+)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_encoder_decoder_with_learned_positions_ends_with_the_last_of_them(beams):
+    ids = jnp.ones((1, 4), jnp.int32)
+    params = jax.jit(BART.init)(jax.random.key(3), ids, ids)["params"]
+    none = type("None", (Ids,), {"eos_id": None})
+    settings = Decoding(max_new_tokens=10, num_beams=beams, decoder_start_id=2, forced_first_id=9)
+    found = np.asarray(jax.jit(lambda params, batch: generate(BART, params, batch, settings, none))(params, prompts()))
+    assert (found[:, 0] == 9).all()
+    assert (found[:, 7:] == Ids.pad_id).all()
+    if beams == 1:
+        read = np.concatenate([np.full((4, 1), 2), found[:, :6]], axis=1)
+        logits = jax.jit(BART.apply)({"params": params}, prompts()["input_ids"], read, prompts()["attention_mask"])
+        np.testing.assert_array_equal(np.asarray(logits).argmax(-1)[:, 1:], found[:, 1:7])
+
+
+def test_what_learned_positions_of_an_encoder_decoder_cannot_hold_is_refused():
+    decoding.check_room(BART, 7, Decoding(max_new_tokens=7))
+    with pytest.raises(UserError, match="the input has 8 tokens, but the model has 7 positions"):
+        decoding.check_room(BART, 8, Decoding())
+    with pytest.raises(UserError, match=r"config.decoding.max_new_tokens: 8 are too many, as the model has 7"):
+        decoding.check_room(BART, 3, Decoding(max_new_tokens=8))
+
+
 def test_an_end_token_is_followed_by_padding():
     batch, settings = prompts(), Decoding(max_new_tokens=8)
     free = generated("gpt2", settings, batch, None)

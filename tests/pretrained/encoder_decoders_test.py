@@ -1,4 +1,4 @@
-"""T5 and Marian: folders written and read here, and logits, exports and generation against Transformers."""
+"""T5, Marian and BART: folders written and read here, and logits, exports and generation against Transformers."""
 
 import json
 
@@ -31,6 +31,16 @@ MODELS = {
         tie_embeddings=False,
     ),
     "marian": EncoderDecoder(**SIZES, num_decoder_layers=3, activation="swish", logits_bias=True),
+    "bart": EncoderDecoder(
+        **SIZES,
+        positions="learned",
+        max_positions=9,
+        embedding_norm=True,
+        embedding_scale=1.0,
+        activation="gelu",
+        logits_bias=True,
+        initializer_range=0.02,
+    ),
     "transformer": EncoderDecoder(**SIZES),  # of Vaswani 2017, whose logits have no bias
 }
 
@@ -108,10 +118,11 @@ def test_load_then_save_gives_the_same_files(name, folder, tmp_path):
         assert (folder / file).read_bytes() == (again / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["t5", "t5 v1.1", "marian"])
+@pytest.mark.parametrize("name", ["t5", "t5 v1.1", "marian", "bart"])
 def test_a_model_whose_fields_are_written_out_is_read_as_it_was(name, tmp_path):
     model, _, _ = load(save(tmp_path, name))
     fields = {"head_width": 4, "embedding_scale": 12**0.5} if name == "marian" else {}
+    fields |= {"num_decoder_layers": 2} if name == "bart" else {}
     assert model.clone(dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, **fields) == MODELS[name].clone(
         dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, **fields
     )
@@ -133,13 +144,17 @@ def test_names_are_those_of_the_published_checkpoints(name, folder):
         rest = {"shared.weight", "encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"}
         assert rest | ({"lm_head.weight"} if name == "t5 v1.1" else set()) == {k for k in tensors if "block" not in k}
     else:
-        want = {"model.shared.weight"} | ({"final_logits_bias"} if name == "marian" else set())
+        want = {"model.shared.weight"} | ({"final_logits_bias"} if name != "transformer" else set())
+        if name == "bart":
+            parts = "embed_positions.weight layernorm_embedding.weight layernorm_embedding.bias".split()
+            want |= {f"model.{side}.{part}" for side in ("encoder", "decoder") for part in parts}
+            assert tensors["model.decoder.embed_positions.weight"].shape == (9 + 2, 12)
         assert {key for key in tensors if "layers" not in key} == want
         parts = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj self_attn_layer_norm fc1 fc2"
         parts += " final_layer_norm encoder_attn.q_proj encoder_attn.out_proj encoder_attn_layer_norm"
         want = {f"model.decoder.layers.1.{part}.{kind}" for part in parts.split() for kind in ("weight", "bias")}
         assert want < set(tensors)
-        assert name != "marian" or tensors["final_logits_bias"].shape == (1, 31)
+        assert name == "transformer" or tensors["final_logits_bias"].shape == (1, 31)
 
 
 # config.json
@@ -187,7 +202,7 @@ def test_decoders_are_as_deep_as_encoders_where_t5_does_not_say(tmp_path):
 
 def test_what_generation_needs_is_in_config_json(name, folder, tmp_path):
     config = read_config(folder)
-    assert config["decoder_start_token_id"] == config["pad_token_id"] == 0
+    assert (config["decoder_start_token_id"], config["pad_token_id"]) == ((2, 1) if name == "bart" else (0, 0))
     assert config["is_encoder_decoder"] is True
     ids = {"pad_token_id": 3, "decoder_start_token_id": 4, "eos_token_id": 5, "vocab_size": 99}
     again = huggingface.save(tmp_path / "again", MODELS[name], random_params(MODELS[name]), config=ids)
@@ -204,6 +219,8 @@ def test_what_generation_needs_is_in_config_json(name, folder, tmp_path):
         ("marian", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ("marian", {"normalize_before": True}, "normalize_before=True"),
         ("marian", {"encoder_layerdrop": 0.1}, "encoder_layerdrop=0.1"),
+        ("bart", {"normalize_embedding": False}, "normalize_embedding=False"),
+        ("bart", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder=False"),
         ("t5", {"d_kv": None}, "d_kv=null"),
     ],
@@ -240,6 +257,7 @@ def test_duplicates_of_the_word_table_are_unused(name, folder):
     copies = {"t5": ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]}
     copies["t5 v1.1"] = copies["t5"][:2]
     positions = [f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")]
+    copies["bart"] = copies["t5"][2:] + [f"model.{key}" for key in copies["t5"][:2]]
     copies["marian"] = copies["transformer"] = ["lm_head.weight", "model.encoder.embed_tokens.weight", *positions]
     word = random_params(MODELS[name])["word"]["embedding"]
     edit_tensors(folder, lambda tensors: tensors.update({key: word.copy() for key in copies[name]}))
@@ -291,6 +309,8 @@ PEERS = {
     "t5 v1.1 silu": {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
     "marian": {"scale_embedding": True, "activation_function": "swish"},
     "marian unscaled": {"scale_embedding": False, "activation_function": "relu"},
+    "bart": {},
+    "bart scaled": {"scale_embedding": True, "decoder_layers": 1, "activation_function": "relu"},
     "marian gelu": {"scale_embedding": True, "activation_function": "gelu", "decoder_layers": 1},
 }
 PEER_SIZES = {
@@ -323,6 +343,7 @@ PEER_SIZES = {
         "decoder_start_token_id": 7,
     },
 }
+PEER_SIZES["bart"] = PEER_SIZES["marian"] | {"pad_token_id": 1, "bos_token_id": 0, "decoder_start_token_id": 2}
 
 
 def peer(name, noise=0.2):
@@ -333,6 +354,8 @@ def peer(name, noise=0.2):
     torch.manual_seed(0)
     if family == "t5":
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config)).eval()
+    elif family == "bart":
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(**config)).eval()
     else:
         model = transformers.MarianMTModel(transformers.MarianConfig(**config)).eval()
     if config.get("tie_word_embeddings") is False:  # which Transformers 5 ties until it has read them from a file
@@ -341,7 +364,7 @@ def peer(name, noise=0.2):
     with torch.no_grad():
         for parameter in [p for p in model.parameters() if p.requires_grad]:
             parameter.add_(noise * torch.randn_like(parameter))
-        if family == "marian":
+        if family != "t5":
             model.final_logits_bias.add_(torch.randn_like(model.final_logits_bias))
     return model
 
@@ -409,7 +432,8 @@ def test_exports_generate_what_our_logits_say(name, tmp_path):
     theirs = loaded.generate(**given, do_sample=False, num_beams=1, use_cache=False, max_new_tokens=8).numpy()
     assert (theirs[:, 0] == ids["decoder_start_token_id"]).all()
     logits = our_logits(model, params, arrays | {"decoder_input_ids": theirs[:, :-1].astype(np.int32)})
-    begun = np.cumsum(theirs[:, :-1] == 2, axis=1) == 0
+    ends = theirs[:, 1:] == 2  # the start token may be the end token
+    begun = np.cumsum(ends, axis=1) - ends == 0
     np.testing.assert_array_equal(logits.argmax(-1)[begun], theirs[:, 1:][begun])
     assert begun.sum() > 20
 

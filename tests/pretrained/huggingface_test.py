@@ -497,9 +497,9 @@ def test_wrong_values_are_named(bert_folder):
         ({"type_vocab_size": 0}, "type_vocab_size=0"),
         (
             {"model_type": "brt"},
-            r"model_type 'brt'; did you mean 'bert'\? \(there are: bert, .*distilbert, .*roberta.*\)$",
+            r"model_type 'brt'; did you mean 'bert'\? \(there are: bart, bert, .*distilbert, .*roberta.*\)$",
         ),
-        ({"model_type": "huggingface"}, "model_type 'huggingface'; there are: .*bert, deit, .*distilbert, "),
+        ({"model_type": "huggingface"}, "model_type 'huggingface'; there are: .*bert, clip, deit, .*distilbert, "),
     ]:
         before = (bert_folder / "config.json").read_text()
         edit_config(bert_folder, **change)
