@@ -132,7 +132,7 @@ class Encoder(nn.Module):
             ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, **shared),
             norm=functools.partial(layers.LayerNorm, self.layer_norm_epsilon, dtype=dtype),
-            norm_first=False,
+            norms="sum",
             dropout=self.dropout,
         )
 

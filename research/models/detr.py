@@ -179,7 +179,7 @@ class Detr(nn.Module):
             mlp = functools.partial(
                 layers.MLP, width, self.activation, dropout=self.activation_dropout, dtype=dtype, kernel_init=init
             )
-            return functools.partial(Block, attention, mlp, norm, norm_first=False, dropout=self.dropout)
+            return functools.partial(Block, attention, mlp, norm, norms="sum", dropout=self.dropout)
 
         size: dict[str, Any] = {"unroll": self.unroll, "remat": self.remat}
         self.projection = layers.Dense(self.hidden_size, dtype=dtype, kernel_init=init)

@@ -182,7 +182,7 @@ class EncoderDecoder(nn.Module):
                     **shared,
                 ),
                 norm=norm,
-                norm_first=self.norm_first,
+                norms="before" if self.norm_first else "sum",
                 dropout=self.dropout,
             ),
             norm=norm if self.norm_first else None,

@@ -281,8 +281,8 @@ def test_wrong_fields_are_named():
         ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"positions": "rotary"}, "rotary positions need heads of an even width, not 3"),
         (
-            {"positions": "rotary", "head_width": 4, "rope_scaling": {"rope_type": "yarn"}},
-            "unknown rope_type 'yarn'; there are: default, linear, llama3",
+            {"positions": "rotary", "head_width": 4, "rope_scaling": {"rope_type": "yarm"}},
+            "unknown rope_type 'yarm'; did you mean 'yarn'",
         ),
     ):
         model = Decoder(**SIZES | change)
