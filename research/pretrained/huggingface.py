@@ -379,8 +379,8 @@ def _assign(
 
     arrays = {p: np.empty(shapes[p], np.float32) for tensor in present for p in tensor.ours}
     for tensor in present:
-        for name, _, index in expand(tensor, shapes):
-            for ours, array in zip(tensor.ours, tensor.layout.to_ours(stored[name].read())):
+        for name, split, index in expand(tensor, shapes):
+            for ours, array in zip(tensor.ours, tensor.layout.split(stored[name].read(), split)):
                 arrays[ours][index] = array
     return arrays, sorted(new), unused
 
