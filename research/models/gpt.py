@@ -209,8 +209,11 @@ class Decoder(nn.Module):
             context["rotary"] = rotary_angles(positions_BxT, width, self.rope_theta, self.rope_scaling, most)
             if self.rope_local_theta is not None:
                 context["local_rotary"] = rotary_angles(positions_BxT, width, self.rope_local_theta)
-        if self.local_layers is not None:
-            context["each"] = {"local": np.array(self.local_layers, bool)}
+        local = self.local_layers
+        if local is None and self.rope_local_theta is not None:
+            local = self.num_layers * [self.sliding_window is not None]
+        if local is not None:
+            context["each"] = {"local": np.array(local, bool)}
         x_BxTxD = stack(
             self.layers, self.num_layers, self.drop(x_BxTxD), unroll=self.unroll, remat=self.remat, **context
         )

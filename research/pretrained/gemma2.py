@@ -39,9 +39,10 @@ def cap(name: str, default: float | None) -> Computed:
     return Computed(read, lambda value: {name: value})
 
 
-def scale_of_queries(config: Mapping[str, Any]) -> float:
-    """Return what scores are divided by the square root of."""
-    return float(config.get("query_pre_attn_scalar", 256))
+def complete_gemma(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return what `complete` does, with the scale of queries written out."""
+    fields = complete(fields)
+    return fields | {"query_scale": fields["query_scale"] or float(fields["head_width"])}
 
 
 def _kinds(config: Mapping[str, Any]) -> Sequence[str]:
@@ -67,13 +68,16 @@ KEYS_OF_GEMMAS = (
         ),
         "tie_embeddings": Key("tie_word_embeddings", True),
         "embedding_scale": Computed(lambda config: float(HIDDEN.read(config)) ** 0.5),
-        "query_scale": Computed(scale_of_queries, lambda value: {"query_pre_attn_scalar": int(value)}),
+        "query_scale": Computed(
+            lambda config: float(config.get("query_pre_attn_scalar", 256)),
+            lambda value: {"query_pre_attn_scalar": int(value)},
+        ),
         "attention_softcap": cap("attn_logit_softcapping", 50.0),
         "logits_softcap": cap("final_logit_softcapping", 30.0),
         "sliding_window": Computed(
             lambda config: window(_kinds(config), config), lambda value: {"sliding_window": value}
         ),
-        "local_layers": Computed(lambda config: local_layers(_kinds(config)), write_layers),
+        "local_layers": Computed(lambda config: local_layers(_kinds(config))),
     }
 )
 
@@ -87,7 +91,8 @@ FAMILY = Family(
             keys=KEYS_OF_GEMMAS,
             constants={name: value for name, value in CONSTANTS.items() if name not in KEYS_OF_GEMMAS}
             | {"norms": "around"},
-            complete=complete,
+            complete=complete_gemma,
+            more=write_layers,
         )
     },
     tensors=tensors(ABOVE_ONE, AROUND),

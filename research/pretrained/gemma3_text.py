@@ -8,8 +8,7 @@ from research.models import gpt
 from research.models.positions import SCALINGS
 from research.pretrained.family import Computed, Family, Key, Kind
 from research.pretrained.gemma import ABOVE_ONE
-from research.pretrained.gemma2 import KEYS_OF_GEMMAS, cap, window
-from research.pretrained.gpt2 import complete
+from research.pretrained.gemma2 import KEYS_OF_GEMMAS, cap, complete_gemma, window
 from research.pretrained.llama import (
     AROUND,
     CONSTANTS,
@@ -55,7 +54,7 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return scaling(config, _parameters(config, "full_attention"), [name for name in SCALINGS if name != "longrope"])
 
 
-GEMMA3_KEYS = KEYS_OF_GEMMAS | {
+GEMMA3_KEYS = {name: key for name, key in KEYS_OF_GEMMAS.items() if name != "attention_softcap"} | {
     "vocab_size": Key("vocab_size", 262208),
     "max_positions": Key("max_position_embeddings", 131072, free=True),
     "rope_theta": Computed(
@@ -66,10 +65,9 @@ GEMMA3_KEYS = KEYS_OF_GEMMAS | {
         lambda value: {"rope_local_base_freq": value},
     ),
     "rope_scaling": Computed(_rope_scaling, write_scaling),
-    "attention_softcap": cap("attn_logit_softcapping", None),
     "logits_softcap": cap("final_logit_softcapping", None),
     "sliding_window": Computed(lambda config: window(_kinds(config), config), lambda value: {"sliding_window": value}),
-    "local_layers": Computed(lambda config: local_layers(_kinds(config)), write_layers),
+    "local_layers": Computed(lambda config: local_layers(_kinds(config))),
 }
 
 FAMILY = Family(
@@ -82,11 +80,13 @@ FAMILY = Family(
             keys=GEMMA3_KEYS,
             constants={name: value for name, value in CONSTANTS.items() if name not in GEMMA3_KEYS}
             | {"norms": "around", "query_key_norm": True},
-            complete=complete,
+            complete=complete_gemma,
+            more=write_layers,
         )
     },
     tensors=tensors(ABOVE_ONE, AROUND),
-    only=ONLY | {"use_bidirectional_attention": False},
+    # Transformers reads the cap of scores, and computes without it.
+    only=ONLY | {"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     unused=UNUSED,
     copies=COPIES,
 )

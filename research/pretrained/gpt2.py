@@ -31,10 +31,11 @@ LACKING = {
 
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a decoder with the number and width of its heads written out."""
+    """Return the fields of a decoder with the number and width of its heads, and its layers that differ, written out."""
     heads, local = fields["num_heads"], fields["local_layers"]
     return fields | {
-        "local_layers": local if local is None else tuple(local),
+        "local_layers": None if local is None or len(set(local)) == 1 else tuple(local),
+        "sliding_window": None if local is not None and not any(local) else fields["sliding_window"],
         "num_kv_heads": fields["num_kv_heads"] or heads,
         "head_width": fields["head_width"] or fields["hidden_size"] // heads,
     }

@@ -85,9 +85,12 @@ def local_layers(kinds: Sequence[str]) -> tuple[bool, ...] | None:
     return tuple(kind == "sliding_attention" for kind in kinds) if len(set(kinds)) > 1 else None
 
 
-def write_layers(local: Sequence[bool] | None) -> dict[str, Any]:
-    """Return what config.json holds of the layers' kinds."""
-    return {} if local is None else {"layer_types": [f"{('full', 'sliding')[x]}_attention" for x in local]}
+def write_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what config.json holds of the layers' kinds for a model of these fields."""
+    local = fields["local_layers"]
+    if local is None:
+        local = fields["num_layers"] * [fields["sliding_window"] is not None]
+    return {"layer_types": ["sliding_attention" if keeps else "full_attention" for keeps in local]}
 
 
 def head_width(config: Mapping[str, Any]) -> int:
@@ -97,7 +100,8 @@ def head_width(config: Mapping[str, Any]) -> int:
     return family.head_width(config, HIDDEN, HEADS)
 
 
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what config.json says of rotary positions in one place."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 

@@ -11,13 +11,19 @@ from research.pretrained.family import Computed, Family, Key, Kind, Layout, Tens
 from research.pretrained.gpt2 import complete
 from research.pretrained.llama import CONSTANTS, COPIES, KEYS, ONLY, UNUSED, rope_parameters, scaling, tensors
 
-# One array holds what makes queries, keys and values, and another one gates and what they multiply, one below the other.
-_FUSED = Layout(
+_STACKED = Layout(
     lambda x, shapes: np.split(x.T, np.cumsum([shape[-1] for shape in shapes])[:-1], axis=-1),
     lambda *ours: np.concatenate(ours, axis=-1).T,
     sized=True,
 )
-_LAYER = "model.layers.{}."
+_QUERY, _KEY, _VALUE = (f"layers/attention/{part}/kernel" for part in ("query", "key", "value"))
+_GATE, _UP = (f"layers/mlp/{part}/kernel" for part in ("gate", "up"))
+# Layers with the same input are one, below each other.
+_FUSED = [
+    Tensor((_QUERY, _KEY, _VALUE), "model.layers.{}.self_attn.qkv_proj.weight", _STACKED),
+    Tensor((_GATE, _UP), "model.layers.{}.mlp.gate_up_proj.weight", _STACKED),
+]
+_APART = [line for line in tensors() if not {*line.ours} & {_QUERY, _KEY, _VALUE, _GATE, _UP}]
 _ORIGINAL = Key("original_max_position_embeddings", 4096)
 
 
@@ -72,17 +78,7 @@ FAMILY = Family(
             complete=complete,
         )
     },
-    tensors=[
-        *tensors(),
-        Tensor(
-            tuple(f"layers/attention/{part}/kernel" for part in ("query", "key", "value")),
-            _LAYER + "self_attn.qkv_proj.weight",
-            _FUSED,
-        ),
-        Tensor(
-            tuple(f"layers/mlp/{part}/kernel" for part in ("gate", "up")), _LAYER + "mlp.gate_up_proj.weight", _FUSED
-        ),
-    ],
+    tensors=[*_FUSED, *_APART],
     only={name: value for name, value in ONLY.items() if name != "partial_rotary_factor"} | {"layer_types": None},
     unused=UNUSED,
     copies=COPIES,

@@ -42,11 +42,13 @@ def _write_window(window: int | None) -> dict[str, Any]:
     return {"use_sliding_window": False, "sliding_window": None} if window is None else sliding
 
 
-def _write_layers(local: Sequence[bool] | None) -> dict[str, Any]:
-    """Return the keys of Transformers 5, and that of Transformers 4 where it can say the same."""
-    full = 0 if local is None else len(local) - sum(local)
-    in_order = local is not None and not any(local[:full])
-    return write_layers(local) | ({"max_window_layers": full} if in_order else {})
+def write_mixed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the key of Transformers 5 for layers that differ, and that of Transformers 4 where it can say the same."""
+    local = fields["local_layers"]
+    if local is None:
+        return {}
+    full = len(local) - sum(local)
+    return write_layers(fields) | ({} if any(local[:full]) else {"max_window_layers": full})
 
 
 QWEN_KEYS = KEYS | {
@@ -58,7 +60,7 @@ QWEN_KEYS = KEYS | {
     "intermediate_size": Key("intermediate_size", 22016),
     "max_positions": Key("max_position_embeddings", 32768, free=True),
     "sliding_window": Computed(sliding_window, _write_window),
-    "local_layers": Computed(_local_layers, _write_layers),
+    "local_layers": Computed(_local_layers),
 }
 QWEN_CONSTANTS = {name: value for name, value in CONSTANTS.items() if name not in QWEN_KEYS}
 
@@ -72,6 +74,7 @@ FAMILY = Family(
             keys=QWEN_KEYS,
             constants=QWEN_CONSTANTS | {"attention_bias": True, "out_bias": False},
             complete=complete,
+            more=write_mixed,
         )
     },
     tensors=tensors(),

@@ -41,6 +41,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 900.0, "factor": 4.0, "original_max_position_embeddings": 12}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 300.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.2, 3.1, 5.7],
+}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 13}
 CASES = {
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied, narrow": ("GPT2", GPT2 | {"n_inner": 21, "tie_word_embeddings": False}),
@@ -57,6 +65,27 @@ CASES = {
         LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}},
     ),
     "llama llama3": ("Llama", LLAMA | {"head_dim": 16, "rope_parameters": LLAMA3}),
+    "llama yarn": ("Llama", LLAMA | {"head_dim": 16, "rope_parameters": YARN}),
+    "llama yarn with everything": (
+        "Llama",
+        LLAMA
+        | {"head_dim": 32}
+        | {"rope_parameters": YARN | {"beta_fast": 3.0, "beta_slow": 0.2, "mscale": 0.7, "mscale_all_dim": 1.4}},
+    ),
+    "llama yarn, its own attention factor, not truncated": (
+        "Llama",
+        LLAMA | {"head_dim": 24, "rope_parameters": YARN | {"attention_factor": 0.6, "truncate": False}},
+    ),
+    "llama dynamic": (
+        "Llama",
+        LLAMA
+        | {"head_dim": 8, "max_position_embeddings": 11}
+        | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 3.0}},
+    ),
+    "llama dynamic, within its length": (
+        "Llama",
+        LLAMA | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 3.0}},
+    ),
     "mistral": ("Mistral", LLAMA | {"num_key_value_heads": 2, "sliding_window": 5}),
     "mistral full": ("Mistral", LLAMA | {"num_key_value_heads": 6, "sliding_window": None, "head_dim": 4}),
     "qwen2": ("Qwen2", LLAMA | {"num_key_value_heads": 2}),
@@ -65,6 +94,18 @@ CASES = {
         LLAMA
         | {"num_key_value_heads": 6, "tie_word_embeddings": True}
         | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    ),
+    "qwen2 yarn, first layer full": (
+        "Qwen2",
+        LLAMA
+        | {"num_key_value_heads": 2, "rope_parameters": YARN}
+        | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3 second layer full": (
+        "Qwen3",
+        LLAMA
+        | {"num_key_value_heads": 2, "head_dim": 10, "use_sliding_window": True, "sliding_window": 4}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
     "qwen3": ("Qwen3", LLAMA | {"num_key_value_heads": 2, "head_dim": 14}),
     "qwen3 biases, sliding": (
@@ -80,6 +121,57 @@ CASES = {
         | {"num_key_value_heads": 6, "head_dim": 6, "attention_bias": True}
         | {"tie_word_embeddings": False, "hidden_act": "silu"},
     ),
+    "gemma2": ("Gemma2", LLAMA | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4} | CAPS),
+    "gemma2 without caps, biases, untied, one window": (
+        "Gemma2",
+        LLAMA
+        | {"num_key_value_heads": 6, "head_dim": 6, "attention_bias": True, "tie_word_embeddings": False}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention"] * 3},
+    ),
+    "gemma3_text": (
+        "Gemma3Text",
+        LLAMA
+        | {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2}
+        | {"query_pre_attn_scalar": 9},
+    ),
+    "gemma3_text with all": (
+        "Gemma3Text",
+        LLAMA
+        | {"final_logit_softcapping": 3.0, "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 3, "num_hidden_layers": 7}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 700.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            }
+        },
+    ),
+    "gemma3_text, windows only": (
+        "Gemma3Text",
+        LLAMA
+        | {"num_key_value_heads": 2, "head_dim": 10, "sliding_window": 3}
+        | {"layer_types": ["sliding_attention"] * 3},
+    ),
+    "olmo2": ("Olmo2", LLAMA | {"num_key_value_heads": 2}),
+    "olmo2 all heads, tied, biases": (
+        "Olmo2",
+        LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "rope_parameters": LLAMA3},
+    ),
+    "phi3": ("Phi3", LLAMA | {"num_key_value_heads": 2, "sliding_window": 5}),
+    "phi3 longrope, beyond its length": (
+        "Phi3",
+        LLAMA | {"original_max_position_embeddings": 8, "rope_parameters": LONGROPE},
+    ),
+    "phi3 longrope, within its length": (
+        "Phi3",
+        LLAMA | {"original_max_position_embeddings": 24, "rope_parameters": LONGROPE, "num_key_value_heads": 3},
+    ),
+    "phi3 a part of each head": (
+        "Phi3",
+        LLAMA
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}},
+    ),
 }
 
 
@@ -90,7 +182,7 @@ def peer(name, noise=0.3):
     torch.manual_seed(0)
     head = "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
     config = getattr(transformers, f"{prefix}Config")(**config)
-    model = getattr(transformers, prefix + head)(config).eval()
+    model = getattr(transformers, prefix.removesuffix("Text") + head)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
