@@ -103,9 +103,11 @@ def image_preprocessor(experiment: Experiment) -> dict[str, Any] | None:
     return None
 
 
-def special_tokens(model: nn.Module, tokenizer: Tokenizer, decoder_start_id: int | None) -> dict[str, int]:
+def special_tokens(model: nn.Module, tokenizer: Tokenizer, decoder_start_id: int | None) -> dict[str, Any]:
     """Return what config.json says of the tokenizer's special tokens, which Transformers generates with."""
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos")}
+    ids: dict[str, Any] = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos")}
+    if len(tokenizer.end_ids) > 1:
+        ids["eos_token_id"] = list(tokenizer.end_ids)
     if isinstance(model, EncoderDecoder):
         ids["decoder_start_token_id"] = tokenizer.pad_id if decoder_start_id is None else decoder_start_id
     return {name: number for name, number in ids.items() if number is not None}

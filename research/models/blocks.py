@@ -19,9 +19,8 @@ from research.models.attention import EVERYTHING, Structure
 from research.models.layers import Dropout, DropPath
 from research.sharding import constrain, platform
 
-
-# What a block normalises: what goes into each part (Xiong 2020), what comes out of it (OLMo Team 2024), both (Gemma Team
-# 2024), or each residual sum (Vaswani 2017).
+# What a block normalises: what goes into each part (Xiong 2020), what comes out of it (OLMo Team 2024), both (Gemma
+# Team 2024), or each residual sum (Vaswani 2017).
 NORMS = ("before", "after", "around", "sum")
 
 
@@ -66,9 +65,9 @@ class Block(nn.Module):
     ) -> jax.Array:
         """Map [B, T, D] to [B, T, D].
 
-        `structure` to `index` are those of `Attention`; `depth` goes from 0 at the first block to 1 at the last. `local`
-        says whether this block keeps to the structure's window and turns queries and keys by `local_rotary` if that is
-        given; where it is None, the block keeps to the window and turns by `rotary`.
+        `structure` to `index` are those of `Attention`; `depth` goes from 0 at the first block to 1 at the last.
+        `local` says whether this block keeps to the structure's window, and then turns queries and keys by `local_rotary` where
+        that is given; with None it keeps to the window and turns them by `rotary`.
         """
         if self.norms not in NORMS:
             raise UserError(f"unknown norms '{self.norms}'{nearest(self.norms, NORMS)}")

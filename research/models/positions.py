@@ -23,9 +23,7 @@ def positions(numbers_BxS: jax.Array | None, shape: tuple[int, ...], index: jax.
     return jax.lax.dynamic_slice_in_dim(counts_BxS, index, shape[1], 1)
 
 
-def longest(
-    numbers_BxS: jax.Array | None, length: int, positions_BxT: jax.Array | None = None
-) -> jax.Array | int:
+def longest(numbers_BxS: jax.Array | None, length: int, positions_BxT: jax.Array | None = None) -> jax.Array | int:
     """Return how many tokens the longest sequence of a batch has, int32 []; in a cache those still to come count.
 
     Args:
@@ -165,9 +163,7 @@ class Scaling(NamedTuple):
 SCALINGS = {
     "default": Scaling(_frequencies),
     "linear": Scaling(_linear, ("factor",)),
-    "llama3": Scaling(
-        _llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    ),
+    "llama3": Scaling(_llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
     "dynamic": Scaling(_dynamic, ("factor", "original_max_position_embeddings")),
     "yarn": Scaling(
         _yarn,

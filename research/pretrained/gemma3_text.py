@@ -27,7 +27,9 @@ from research.pretrained.llama import (
 
 def _kinds(config: Mapping[str, Any]) -> Sequence[str]:
     layers, every = KEYS_OF_GEMMAS["num_layers"].read(config), config.get("sliding_window_pattern", 6)
-    return layer_types(config, ["full_attention" if i % every == 0 else "sliding_attention" for i in range(1, layers + 1)])
+    return layer_types(
+        config, ["full_attention" if i % every == 0 else "sliding_attention" for i in range(1, layers + 1)]
+    )
 
 
 def _parameters(config: Mapping[str, Any], kind: str) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ LACKING = {
 
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a decoder with the number and width of its heads, and its layers that differ, written out."""
+    """Return the fields of a decoder with its heads, and its layers that differ, written out."""
     heads, local = fields["num_heads"], fields["local_layers"]
     return fields | {
         "local_layers": None if local is None or len(set(local)) == 1 else tuple(local),

@@ -35,9 +35,7 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return scaling(config, parameters, _SCALINGS)
 
 
-def scaling(
-    config: Mapping[str, Any], parameters: Mapping[str, Any], kinds: Sequence[str]
-) -> dict[str, Any] | None:
+def scaling(config: Mapping[str, Any], parameters: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any] | None:
     """Return what `parameters` say of rotary wavelengths, with what they leave to the rest of config.json."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in kinds:
@@ -50,7 +48,12 @@ def scaling(
     if kind == "dynamic":  # for which Transformers knows no other length
         if values["original_max_position_embeddings"] != longest:
             raise UserError("config.json has dynamic rotary positions of an original length other than its longest")
-    elif kind in ("yarn", "longrope") and values.get("factor") is None and longest and values["original_max_position_embeddings"]:
+    elif (
+        kind in ("yarn", "longrope")
+        and values.get("factor") is None
+        and longest
+        and values["original_max_position_embeddings"]
+    ):
         values["factor"] = longest / values["original_max_position_embeddings"]
     known = {*_BESIDE, *SCALINGS["llama3"].needed, *needed, *optional}
     unknown, missing = sorted(set(parameters) - known), [name for name in needed if values.get(name) is None]

@@ -128,9 +128,7 @@ def _scale(config: Mapping[str, Any], rank: int) -> float:
     return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _lines(
-    model: nn.Module, arrays: Mapping[str, Any]
-) -> Iterator[tuple[Tensor, str, Sequence[tuple[int, ...]], Any]]:
+def _lines(model: nn.Module, arrays: Mapping[str, Any]) -> Iterator[tuple[Tensor, str, Sequence[tuple[int, ...]], Any]]:
     """Yield for each array of theirs its line in the family's table, its name, the shapes of ours, and their index."""
     _, family, kind = family_of_model(model)
     shapes = {path: tuple(array.shape) for path, array in arrays.items()}

@@ -138,7 +138,13 @@ CASES = {
     "gemma3_text with all": (
         "Gemma3Text",
         LLAMA
-        | {"final_logit_softcapping": 3.0, "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 3, "num_hidden_layers": 7}
+        | {
+            "final_logit_softcapping": 3.0,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "sliding_window": 3,
+            "num_hidden_layers": 7,
+        }
         | {
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 700.0},
