@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 from research import storage
 from research.build import build
 from research.data.tokenizer import Tokenizer
+from research.errors import UserError
 from research.evaluate import restore_trained
 from research.experiment import Experiment, own
 from research.models import vit
 from research.models.encoder_decoder import EncoderDecoder
-from research.pretrained import huggingface, peft, preprocessor
+from research.pretrained import families, huggingface, peft, preprocessor
 from research.reporting.record import write_json
 from research.task import Params
 from research.tasks.lora import LoRA
@@ -67,13 +68,23 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
             problem_type=PROBLEMS.get(getattr(experiment.task, "objective", "")),
             tokenizer_files=files,
             config=special_tokens(model, tokenizer, experiment.decoding.decoder_start_id) if tokenizer else {},
+            model_type=first_family(experiment.config),
         )
     if isinstance(experiment.trained_task, LoRA):
         base = (experiment.config.get("init") or {}).get("path", "")
         with storage.writing(folder / "adapter", last=peft.CONFIG) as adapter:
-            peft.save(adapter, experiment.trained_task, jax.device_get(trained), base)
+            peft.save(adapter, experiment.trained_task, jax.device_get(trained), base, first_family(experiment.config))
     print(f"wrote the checkpoint of step {step} to {folder}")
     return folder
+
+
+def first_family(config: ConfigDict) -> str:
+    """Return the family of the weights that a run began with; "" where there are none, or they are there no more."""
+    path = (config.get("init") or {}).get("path")
+    try:
+        return families.model_type(path) if path else ""
+    except UserError:
+        return ""
 
 
 def at_trained_size(experiment: Experiment, params: Params) -> tuple[nn.Module, Params]:

@@ -66,8 +66,8 @@ class Block(nn.Module):
         """Map [B, T, D] to [B, T, D].
 
         `structure` to `index` are those of `Attention`; `depth` goes from 0 at the first block to 1 at the last.
-        `local` says whether this block keeps to the structure's window, and then turns queries and keys by `local_rotary` where
-        that is given; with None it keeps to the window and turns them by `rotary`.
+        `local` says whether this block keeps to the structure's window, and then turns queries and keys by
+        `local_rotary` where that is given; with None it keeps to the window and turns them by `rotary`.
         """
         if self.norms not in NORMS:
             raise UserError(f"unknown norms '{self.norms}'{nearest(self.norms, NORMS)}")

@@ -1,5 +1,6 @@
-"""Gemma 3 (Gemma Team 2025) without its eyes in Hugging Face's format."""
+"""Gemma 3 (Gemma Team 2025) in Hugging Face's format; of models of text and images the part for text."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,11 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return scaling(config, _parameters(config, "full_attention"), [name for name in SCALINGS if name != "longrope"])
 
 
+def _without_images(name: str) -> str:
+    """Return what a tensor is called in a model of text alone: the others have had two prefixes."""
+    return re.sub(r"^language_model\.|(?<=^model\.)language_model\.", "", name)
+
+
 GEMMA3_KEYS = {name: key for name, key in KEYS_OF_GEMMAS.items() if name != "attention_softcap"} | {
     "vocab_size": Key("vocab_size", 262208),
     "max_positions": Key("max_position_embeddings", 131072, free=True),
@@ -77,6 +83,7 @@ FAMILY = Family(
     kinds={
         "causal_lm": Kind(
             architecture="Gemma3ForCausalLM",
+            same_head=("Gemma3ForConditionalGeneration",),
             model=gpt.Decoder,
             parts={},
             keys=GEMMA3_KEYS,
@@ -89,6 +96,7 @@ FAMILY = Family(
     tensors=tensors(ABOVE_ONE, AROUND),
     # Transformers reads the cap of scores, and computes without it.
     only=ONLY | {"use_bidirectional_attention": False, "attn_logit_softcapping": None},
-    unused=UNUSED,
+    unused=[*UNUSED, r"(model\.)?(vision_tower|multi_modal_projector)\..*"],
     copies=COPIES,
+    rename=_without_images,
 )

@@ -42,7 +42,7 @@ def scaling(config: Mapping[str, Any], parameters: Mapping[str, Any], kinds: Seq
         raise UserError(f"config.json has the unknown rope_type '{kind}'{nearest(str(kind), kinds)}")
     needed, optional = SCALINGS[kind].needed, SCALINGS[kind].optional
     longest, original = config.get("max_position_embeddings"), config.get("original_max_position_embeddings")
-    values = {"original_max_position_embeddings": longest} | parameters
+    values = {"original_max_position_embeddings": longest, **parameters}
     if original is not None:  # Transformers prefers it
         values["original_max_position_embeddings"] = original
     if kind == "dynamic":  # for which Transformers knows no other length
