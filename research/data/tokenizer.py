@@ -315,7 +315,7 @@ def _pad_id(
 def _more_ends(folder: pathlib.Path, eos_id: int | None) -> tuple[int, ...]:
     """Return the ids besides eos at which generation_config.json, or else config.json, has outputs end."""
     found = [_json(folder / file).get("eos_token_id") for file in (GENERATION, "config.json")]
-    ends = next((end for end in found if end is not None), [])
+    ends: Any = next((end for end in found if end is not None), [])
     return tuple(id for id in (ends if isinstance(ends, list) else [ends]) if id != eos_id)
 
 

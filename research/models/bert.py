@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from research.models import layers
-from research.models.attention import Attention, Structure
+from research.models.attention import Attention
 from research.models.blocks import Block, stack
 from research.models.positions import sinusoids
+from research.models.structure import Structure
 
 
 class Embeddings(nn.Module):

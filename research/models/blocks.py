@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.errors import UserError, nearest
-from research.models.attention import EVERYTHING, Structure
 from research.models.layers import Dropout, DropPath
+from research.models.structure import EVERYTHING, Structure
 from research.sharding import constrain, platform
 
 # What a block normalises: what goes into each part (Xiong 2020), what comes out of it (OLMo Team 2024), both (Gemma

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.models import layers
-from research.models.attention import Attention, Structure
+from research.models.attention import Attention
 from research.models.blocks import Block, every_output, stack
 from research.models.resnet import ResNet, shrink
+from research.models.structure import Structure
 
 
 def sinusoids(mask_BxHxW: jax.Array, width: int) -> jax.Array:

@@ -15,9 +15,10 @@ import numpy as np
 
 from research.errors import UserError, nearest
 from research.models import layers
-from research.models.attention import Attention, CacheIndex, Structure
+from research.models.attention import Attention, CacheIndex
 from research.models.blocks import Block, stack
 from research.models.positions import longest, positions, rotary_angles
+from research.models.structure import Structure
 
 POSITIONS = ("learned", "rotary")
 
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
         Args:
           input_ids_BxT: tokens.
           attention_mask_BxS: 0 at padding, which may come first or last; tokens attend to earlier ones of their own
-            number, see `attention.Structure`. S is T, or the size of the cache, where the places of tokens that are
+            number, see `structure.Structure`. S is T, or the size of the cache, where the places of tokens that are
             still to come hold 1 already.
           positions_BxT: positions; where they are None tokens are counted, but for padding, and a row must hold one
             document and its padding alone.

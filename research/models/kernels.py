@@ -22,7 +22,8 @@ except ImportError:  # JAX 0.12 announces that it will drop what this is written
     flash_kernel = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from research.models.attention import DropWeights, Structure
+    from research.models.attention import DropWeights
+    from research.models.structure import Structure
 
 LANES = 128  # of a TPU's vector registers
 SPLASH_BLOCK = 512

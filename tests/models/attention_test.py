@@ -14,7 +14,8 @@ from research import sharding
 from research.errors import UserError
 from research.models import attention, kernels
 from research.models import flash as flash_kernel
-from research.models.attention import DropWeights, Structure, attend
+from research.models.attention import DropWeights, attend
+from research.models.structure import Structure
 
 LENGTH = 256
 GPU = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")

@@ -11,8 +11,9 @@ import pytest
 
 from research.errors import UserError
 from research.models import layers
-from research.models.attention import Attention, Structure, xla
+from research.models.attention import Attention, xla
 from research.models.blocks import Block, stack
+from research.models.structure import Structure
 
 
 def normal(seed, *shape):
