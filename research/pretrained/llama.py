@@ -48,13 +48,8 @@ def scaling(config: Mapping[str, Any], parameters: Mapping[str, Any], kinds: Seq
     if kind == "dynamic":  # for which Transformers knows no other length
         if values["original_max_position_embeddings"] != longest:
             raise UserError("config.json has dynamic rotary positions of an original length other than its longest")
-    elif (
-        kind in ("yarn", "longrope")
-        and values.get("factor") is None
-        and longest
-        and values["original_max_position_embeddings"]
-    ):
-        values["factor"] = longest / values["original_max_position_embeddings"]
+    elif kind in ("yarn", "longrope") and values.get("factor") is None and longest:
+        values["factor"] = longest / (values["original_max_position_embeddings"] or longest)
     known = {*_BESIDE, *SCALINGS["llama3"].needed, *needed, *optional}
     unknown, missing = sorted(set(parameters) - known), [name for name in needed if values.get(name) is None]
     if unknown or missing:
@@ -69,10 +64,16 @@ def scaling(config: Mapping[str, Any], parameters: Mapping[str, Any], kinds: Seq
 
 
 def write_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what config.json holds of the rotary scaling, for Transformers 4 and 5."""
-    if scaling and scaling.get("rope_type") == "dynamic":  # its original length is max_position_embeddings
-        scaling = {name: value for name, value in scaling.items() if name != "original_max_position_embeddings"}
-    return {"rope_scaling": scaling and dict(scaling)}
+    """Return what config.json holds of the rotary scaling, for Transformers 4 and 5.
+
+    The original length of the kind "dynamic" is that of config.json itself, whatever length the model trained at.
+    """
+    if not scaling or scaling.get("rope_type") != "dynamic":
+        return {"rope_scaling": scaling and dict(scaling)}
+    return {
+        "rope_scaling": {"rope_type": "dynamic", "factor": scaling.get("factor")},
+        "max_position_embeddings": scaling.get("original_max_position_embeddings"),
+    }
 
 
 def layer_types(config: Mapping[str, Any], default: Sequence[str]) -> Sequence[str]:

@@ -37,14 +37,15 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _write_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the three keys that Transformers 4 insists on; the factor is that of the two lengths."""
+    """Return the three keys that Transformers 4 insists on, and the lengths whose ratio is the factor."""
     if scaling is None:
         return {"rope_scaling": None}
     if scaling.get("attention_factor") is not None:
         raise UserError("Phi3ForCausalLM has no place for the attention_factor of its rotary positions")
-    three = {name: scaling.get(name) for name in ("short_factor", "long_factor")}
-    original = {_ORIGINAL.name: scaling.get(_ORIGINAL.name)}
-    return {"rope_scaling": {"type": scaling.get("rope_type")} | three} | original
+    factors = {name: scaling.get(name) for name in ("short_factor", "long_factor")}
+    original, factor = (scaling.get(name) or 1 for name in (_ORIGINAL.name, "factor"))
+    lengths = {_ORIGINAL.name: original, "max_position_embeddings": round(factor * original)}
+    return {"rope_scaling": {"type": scaling.get("rope_type")} | factors} | lengths
 
 
 def _rope_share(config: Mapping[str, Any]) -> float:

@@ -381,6 +381,14 @@ def test_what_we_do_not_implement_is_refused(family, key, value, tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_scaling_by_the_published_length_survives_training_at_another(family, tmp_path):
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 512}
+    scaling, longest = (LONGROPE, 1024) if family == "phi3" else (dynamic, 512)
+    folder = save(tmp_path, family, MODELS[family].clone(rope_scaling=scaling, max_positions=128))
+    assert load(folder)[0] == MODELS[family].clone(rope_scaling=scaling, max_positions=longest)
+
+
 def test_windows_of_qwen(tmp_path):
     folder = save(tmp_path, "qwen2")
 
