@@ -105,8 +105,7 @@ def test_every_implementation_equals_the_reference(name, compute, groups, small_
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("compute", [chunked, splash])
-@pytest.mark.parametrize("name", ["causal padding", "causal documents in a window"])
+@pytest.mark.parametrize(("compute", "name"), [(chunked, "causal padding"), (splash, "causal documents in a window")])
 def test_scores_are_capped_alike(name, compute, small_blocks):
     structure, inputs = STRUCTURES[name], operands(STRUCTURES[name], 2, width=16)
     reference = functools.partial(attend, structure=structure, implementation="xla", softcap=0.7)
@@ -126,8 +125,10 @@ def test_scores_are_capped_by_their_formula():
     np.testing.assert_allclose(attend(query, key, value, scale=0.3, softcap=2.0), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "chunked", "flash", "splash"])
-@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize(
+    ("implementation", "local"),
+    [("xla", True), ("xla", False), ("chunked", True), ("flash", True), ("splash", False)],
+)
 def test_a_window_may_hold_in_some_layers_of_a_program(implementation, local, small_blocks, monkeypatch):
     kernel = {"flash": kernels.flash, "splash": kernels.splash}.get(implementation)
     if kernel:
