@@ -79,6 +79,12 @@ def test_a_decoder_is_exported_whole(folder):
     assert tokenizer.load(str(folder)).backend.encode(text).ids == tokenizer.byte_level().backend.encode(text).ids
 
 
+def test_an_export_is_of_the_family_that_the_run_began_with(folder, tmp_path):
+    assert export.first_family(ConfigDict({"init": {"path": str(folder)}})) == "gpt2"
+    assert export.first_family(ConfigDict({"init": {"path": str(tmp_path / "gone")}})) == ""
+    assert export.first_family(ConfigDict({"init": None})) == ""
+
+
 def experiment_on_images(side: int, encoder: vit.Encoder, num_outputs: int = 3) -> types.SimpleNamespace:
     model = vit.ImageClassifier(encoder, num_outputs)
     spec = {"image": jax.ShapeDtypeStruct((2, side, side, 3), np.float32)}

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from research.errors import UserError
 from research.models.gpt import Decoder
-from research.pretrained import huggingface
+from research.pretrained import families, huggingface
 
 SIZES = {"vocab_size": 31, "hidden_size": 12, "num_layers": 2, "num_heads": 2, "intermediate_size": 20}
 LLAMA = SIZES | {
@@ -454,7 +454,27 @@ def test_overrides(family, tmp_path):
         huggingface.load_model(str(folder), "sequence_classifier", num_outputs=2)
 
 
+def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
+    folder = save(tmp_path, "gemma3_text")
+    want = load(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config_of(folder)}))
+    image = {"vision_tower.embeddings.weight": np.ones((2, 3), np.float32)}
+    edit_tensors(folder, lambda tensors: {f"language_model.{name}": x for name, x in tensors.items()} | image)
+    model, params, report = load(folder)
+    assert model == want[0]
+    jax.tree.map(np.testing.assert_array_equal, params, want[1])
+    assert report == huggingface.Report((), ("vision_tower.embeddings.weight",))
+
+
 # Saving
+
+
+@pytest.mark.parametrize(("preferred", "family"), [("", "llama"), ("phi3", "phi3"), ("gemma", "llama")])
+def test_of_several_families_that_have_a_model_the_preferred_one_is_written(preferred, family, tmp_path):
+    model = MODELS["phi3"].clone(rope_scaling=None, rope_share=1.0, sliding_window=None)
+    folder = huggingface.save(tmp_path / "model", model, random_params(model), model_type=preferred)
+    assert config_of(folder)["model_type"] == family == families.model_type(str(folder))
+    assert load(folder)[0] == model
 
 
 def test_a_decoder_that_no_family_has_is_named(tmp_path):
