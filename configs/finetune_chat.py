@@ -13,7 +13,7 @@ everywhere:
   --config.data.source.held_out  another share than 0.1 (none with a test file)
   --config.data.source.messages  the field of the messages
   --config.init.path             the model: hf://ORG/NAME, a folder, or what --mode=export wrote; GPT-2, Llama, Mistral,
-                                 Qwen2, Qwen3, Gemma and what is built alike
+                                 Qwen2 and 3, Phi-3, OLMo 2, Gemma 1 to 3 and what is built alike
   --config.data.pack             tokens a row; longer conversations are cut, shorter ones packed together
 
 Conversations are rendered with the model's chat template, else as ChatML. What is reported is the cross-entropy of the

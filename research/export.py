@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 from research import storage
 from research.build import build
 from research.data.tokenizer import Tokenizer
+from research.errors import UserError
 from research.evaluate import restore_trained
 from research.experiment import Experiment, own
 from research.models import vit
 from research.models.encoder_decoder import EncoderDecoder
-from research.pretrained import huggingface, peft, preprocessor
+from research.pretrained import families, huggingface, peft, preprocessor
 from research.reporting.record import write_json
 from research.task import Params
 from research.tasks.lora import LoRA
@@ -67,13 +68,23 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
             problem_type=PROBLEMS.get(getattr(experiment.task, "objective", "")),
             tokenizer_files=files,
             config=special_tokens(model, tokenizer, experiment.decoding.decoder_start_id) if tokenizer else {},
+            model_type=first_family(experiment.config),
         )
     if isinstance(experiment.trained_task, LoRA):
         base = (experiment.config.get("init") or {}).get("path", "")
         with storage.writing(folder / "adapter", last=peft.CONFIG) as adapter:
-            peft.save(adapter, experiment.trained_task, jax.device_get(trained), base)
+            peft.save(adapter, experiment.trained_task, jax.device_get(trained), base, first_family(experiment.config))
     print(f"wrote the checkpoint of step {step} to {folder}")
     return folder
+
+
+def first_family(config: ConfigDict) -> str:
+    """Return the family of the weights that a run began with; "" where there are none, or they are there no more."""
+    path = (config.get("init") or {}).get("path")
+    try:
+        return families.model_type(path) if path else ""
+    except UserError:
+        return ""
 
 
 def at_trained_size(experiment: Experiment, params: Params) -> tuple[nn.Module, Params]:
@@ -103,9 +114,11 @@ def image_preprocessor(experiment: Experiment) -> dict[str, Any] | None:
     return None
 
 
-def special_tokens(model: nn.Module, tokenizer: Tokenizer, decoder_start_id: int | None) -> dict[str, int]:
+def special_tokens(model: nn.Module, tokenizer: Tokenizer, decoder_start_id: int | None) -> dict[str, Any]:
     """Return what config.json says of the tokenizer's special tokens, which Transformers generates with."""
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos")}
+    ids: dict[str, Any] = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos")}
+    if len(tokenizer.end_ids) > 1:
+        ids["eos_token_id"] = list(tokenizer.end_ids)
     if isinstance(model, EncoderDecoder):
         ids["decoder_start_token_id"] = tokenizer.pad_id if decoder_start_id is None else decoder_start_id
     return {name: number for name, number in ids.items() if number is not None}

@@ -30,6 +30,7 @@ class Text:
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
+    end_ids: tuple[int, ...] = (2, 7)
 
     def save(self, folder):
         return self.inner.save(folder)
@@ -68,9 +69,20 @@ def test_a_decoder_is_exported_whole(folder):
     jax.tree.map(np.testing.assert_array_equal, loaded, want)
     assert report == huggingface.Report((), ())
     config = json.loads((folder / "config.json").read_text())
-    assert {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "model_type": "gpt2"}.items() <= config.items()
+    assert {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 7],
+        "model_type": "gpt2",
+    }.items() <= config.items()
     text = "a cat"
     assert tokenizer.load(str(folder)).backend.encode(text).ids == tokenizer.byte_level().backend.encode(text).ids
+
+
+def test_an_export_is_of_the_family_that_the_run_began_with(folder, tmp_path):
+    assert export.first_family(ConfigDict({"init": {"path": str(folder)}})) == "gpt2"
+    assert export.first_family(ConfigDict({"init": {"path": str(tmp_path / "gone")}})) == ""
+    assert export.first_family(ConfigDict({"init": None})) == ""
 
 
 def experiment_on_images(side: int, encoder: vit.Encoder, num_outputs: int = 3) -> types.SimpleNamespace:
@@ -100,7 +112,7 @@ def test_transformers_generates_from_the_export(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     text = transformers.AutoTokenizer.from_pretrained(folder)
     generation = model.generation_config
-    assert (generation.pad_token_id, generation.bos_token_id, generation.eos_token_id) == (0, 1, 2)
+    assert (generation.pad_token_id, generation.bos_token_id, generation.eos_token_id) == (0, 1, [2, 7])
     ids = np.array([text("a cat")["input_ids"]])
     want = model.generate(torch.tensor(ids), max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
     got = []
@@ -119,5 +131,5 @@ def test_transformers_generates_from_the_export(folder):
     ],
 )
 def test_special_tokens_are_those_of_the_tokenizer(model, start, more):
-    special = types.SimpleNamespace(pad_id=3, bos_id=None, eos_id=0)
+    special = types.SimpleNamespace(pad_id=3, bos_id=None, eos_id=0, end_ids=(0,))
     assert export.special_tokens(model, special, start) == {"pad_token_id": 3, "eos_token_id": 0} | more

@@ -22,6 +22,7 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt"),
 )
+GENERATION = "generation_config.json"
 # What special tokens are called where a folder does not say; bos and eos as decoders need them, also of encoders'.
 WELL_KNOWN = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]"),
@@ -47,6 +48,7 @@ class Tokenizer:
       folder: the folder whose tokenizer.json it was loaded from, for export; None where it was made here.
       specials: role (bos, eos, unk, sep, cls, mask) -> token, for the roles that it has.
       chat_template: Jinja, as Transformers has them; None where the tokenizer came without.
+      more_ends: ids besides eos at which the folder's model ends an output, such as the end of a turn.
     """
 
     backend: tokenizers.Tokenizer
@@ -54,6 +56,7 @@ class Tokenizer:
     folder: pathlib.Path | None = None
     specials: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chat_template: str | None = None
+    more_ends: tuple[int, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -69,6 +72,11 @@ class Tokenizer:
     def eos_id(self) -> int | None:
         """The id that ends a text."""
         return self._id("eos")
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids at which a generated text ends, eos first."""
+        return (() if self.eos_id is None else (self.eos_id,)) + self.more_ends
 
     @property
     def unk_id(self) -> int | None:
@@ -170,9 +178,11 @@ class Tokenizer:
                 settings["chat_template"] = self.chat_template
         if "pad_token" not in named:
             settings["pad_token"] = self.backend.id_to_token(self.pad_id)
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-        return [folder / name for name in FILES if (folder / name).exists()]
+        _write_json(folder / "tokenizer_config.json", settings)
+        if self.more_ends:
+            ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.end_ids), "pad_token_id": self.pad_id}
+            _write_json(folder / GENERATION, {name: id for name, id in ids.items() if id is not None})
+        return [folder / name for name in (*FILES, GENERATION) if (folder / name).exists()]
 
 
 def load(path: str) -> Tokenizer:
@@ -205,7 +215,8 @@ def read(file: pathlib.Path) -> Tokenizer:
     specials = _specials(backend, named)
     pad_id = _pad_id(backend, named, specials, _json(folder / "config.json"))
     whole = folder if file == folder / "tokenizer.json" and file.exists() else None
-    return Tokenizer(backend, pad_id, whole, specials, _chat_template(folder, settings))
+    loaded = Tokenizer(backend, pad_id, whole, specials, _chat_template(folder, settings))
+    return dataclasses.replace(loaded, more_ends=_more_ends(folder, loaded.eos_id))
 
 
 def byte_level(sentinels: int = 0) -> Tokenizer:
@@ -301,6 +312,13 @@ def _pad_id(
     return vocabulary[specials["eos"]] if "eos" in specials else 0
 
 
+def _more_ends(folder: pathlib.Path, eos_id: int | None) -> tuple[int, ...]:
+    """Return the ids besides eos at which generation_config.json, or else config.json, has outputs end."""
+    found = [_json(folder / file).get("eos_token_id") for file in (GENERATION, "config.json")]
+    ends: Any = next((end for end in found if end is not None), [])
+    return tuple(id for id in (ends if isinstance(ends, list) else [ends]) if id != eos_id)
+
+
 def _chat_template(folder: pathlib.Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
@@ -333,6 +351,10 @@ def _compiled(template: str) -> jinja2.Template:
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     return environment.from_string(template)
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

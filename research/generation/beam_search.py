@@ -15,6 +15,7 @@ from research.generation.decoding import (
     Decoding,
     State,
     advance,
+    ends,
     penalise,
     prefill,
     room,
@@ -36,8 +37,8 @@ def beam_search(
     of `generate`, and outputs are terminated and padded alike.
     """
     params = unstack(params)
-    eos_id, pad_id = token_ids(tokenizer)
-    search = _BeamSearch(decoding, eos_id, pad_id)
+    end_ids, pad_id = token_ids(tokenizer)
+    search = _BeamSearch(decoding, end_ids, pad_id)
     logits_BxV, state = prefill(model, params, batch, decoding, pad_id)
     seen = None
     if decoding.repetition_penalty != 1:
@@ -60,7 +61,7 @@ class _BeamSearch:
     """The update of beam search between two calls of the model."""
 
     decoding: Decoding
-    eos_id: int | None
+    end_ids: tuple[int, ...]
     pad_id: int
 
     def start(self, count: int, state: State, seen: jax.Array | None, room_B: jax.Array | None) -> dict[str, Any]:
@@ -99,8 +100,8 @@ class _BeamSearch:
         parent_BxC, token_BxC = index_BxC // vocab_size, (index_BxC % vocab_size).astype(jnp.int32)
         tokens_BxCxN = _take(beams["tokens"], parent_BxC).at[:, :, i].set(token_BxC)
         ended_BxC = jnp.broadcast_to((i + 1 >= beams["most"])[:, None], token_BxC.shape)
-        if self.eos_id is not None:
-            ended_BxC |= token_BxC == self.eos_id
+        if self.end_ids:
+            ended_BxC |= ends(token_BxC, self.end_ids)
         scores_BxK, chosen_BxK = jax.lax.top_k(scores_BxC + ended_BxC * LEAST, width)
         beams = beams | self._finish(beams, tokens_BxCxN, scores_BxC, ended_BxC)
         best_B = scores_BxK[:, 0] / (i + 1.0) ** settings.length_penalty

@@ -184,9 +184,14 @@ def room(model: nn.Module, batch: Batch) -> jax.Array | None:
     return model.max_positions + 1 - mask_BxT.sum(axis=1, dtype=jnp.int32)  # the last token is not fed back
 
 
-def token_ids(tokenizer: Tokenizer | None) -> tuple[int | None, int]:
-    """Return the end token and the padding token."""
-    return (None, 0) if tokenizer is None else (tokenizer.eos_id, tokenizer.pad_id)
+def token_ids(tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], int]:
+    """Return the end tokens and the padding token."""
+    return ((), 0) if tokenizer is None else (tokenizer.end_ids, tokenizer.pad_id)
+
+
+def ends(tokens: jax.Array, end_ids: Sequence[int]) -> jax.Array:
+    """Return which tokens end an output, bool of their shape."""
+    return jnp.isin(tokens, jnp.array(end_ids, jnp.int32))
 
 
 def pad(prompts: Sequence[Sequence[int]], pad_id: int, least: int = 16) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Incremental detokenisation with stop texts."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,7 +70,6 @@ def completion(
     ids = [int(id) for id in tokens]
     if tokenizer is None:
         return " ".join(map(str, ids))
-    if tokenizer.eos_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_id)]
+    ids = list(itertools.takewhile(lambda id: id not in tokenizer.end_ids, ids))
     detokenizer = Detokenizer(tokenizer, stop, prompt)
     return detokenizer.add(ids) + detokenizer.close()

@@ -16,6 +16,7 @@ from research.generation.beam_search import beam_search
 from research.generation.decoding import (
     Decoding,
     advance,
+    ends,
     pad,
     penalise,
     prefill,
@@ -79,13 +80,13 @@ class Sampler:
     Attributes:
       model: see `generate`.
       decoding: the settings.
-      eos_id: the token that ends an output; None for none.
-      pad_id: the token that follows it.
+      end_ids: the tokens that end an output.
+      pad_id: the token that follows them.
     """
 
     model: nn.Module
     decoding: Decoding
-    eos_id: int | None
+    end_ids: tuple[int, ...]
     pad_id: int
 
     def start(self, params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
@@ -114,8 +115,8 @@ class Sampler:
         else:
             token_B = logits_BxV.argmax(axis=-1)
         token_B = jnp.where(carry["finished"], self.pad_id, token_B).astype(jnp.int32)
-        if self.eos_id is not None:
-            carry["finished"] |= token_B == self.eos_id
+        if self.end_ids:
+            carry["finished"] |= ends(token_B, self.end_ids)
         if "room" in carry:
             carry["finished"] |= carry["count"] + 1 >= carry["room"]
         if "seen" in carry:
@@ -176,6 +177,6 @@ class Stream:
         for i in range(self._sampler.decoding.max_new_tokens):
             if i:
                 token, carry = self._step(self._params, token, carry)
-            if int(token[0]) == self._sampler.eos_id:
+            if int(token[0]) in self._sampler.end_ids:
                 return
             yield int(token[0])

@@ -1,4 +1,4 @@
-"""Attention: what may attend to what, and the ways to compute it.
+"""Attention, and the ways to compute it.
 
 Shape letters as in `layers`.
 """
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from research.errors import UserError, nearest
 from research.models import kernels
-from research.models.layers import Dense, Dropout, Initializer, drop, product
+from research.models.layers import Dense, Dropout, Initializer, drop, product, soft_cap
 from research.models.positions import rotate
+from research.models.structure import EVERYTHING, Structure
 from research.sharding import constrain, platform
 
 # Scores of a head that exist at once in `chunked`, at most, and the keys from which "auto" prefers it to "xla". On two
@@ -31,77 +31,6 @@ class DropWeights(NamedTuple):
     key: jax.Array
 
 
-@flax.struct.dataclass
-class Structure:
-    """What may attend to what, without a mask of all pairs.
-
-    Attributes:
-      queries_BxT: document numbers of the queries, int; None where keys have none.
-      keys_BxS: document numbers of the keys, 0 at padding: a query attends to the keys of its own number. A document's
-        tokens stand side by side. None: one document and no padding.
-      start: where the first query stands among the keys, int32; None where queries and keys begin together.
-      causal: whether queries attend to no later key.
-      window: queries attend to the last `window` keys only, their own included; None for all.
-      packed: whether rows may hold several documents, or padding that comes first. Where they may not, kernels that
-        know nothing but a row's length serve, and make rows that do NaN.
-    """
-
-    queries_BxT: jax.Array | None = None
-    keys_BxS: jax.Array | None = None
-    start: jax.Array | None = None
-    causal: bool = flax.struct.field(pytree_node=False, default=False)
-    window: int | None = flax.struct.field(pytree_node=False, default=None)
-    packed: bool = flax.struct.field(pytree_node=False, default=False)
-
-    def mask(self, length: int, size: int) -> jax.Array | None:
-        """Return which of `size` keys each of `length` queries may attend to, bool broadcastable to [B, H, T, S].
-
-        None where all may attend to all.
-        """
-        mask: jax.Array | None = None
-        start = 0 if self.start is None else self.start
-        queries_Tx1, keys_1xS = start + jnp.arange(length)[:, None], jnp.arange(size)[None]
-        if self.causal:
-            mask = (keys_1xS <= queries_Tx1)[None, None]
-        if self.window is not None:
-            near = (keys_1xS > queries_Tx1 - self.window)[None, None]
-            mask = near if mask is None else mask & near
-        if self.keys_BxS is not None and self.queries_BxT is not None:
-            same_BxTxS = self.queries_BxT[:, :, None] == self.keys_BxS[:, None, :]
-            known = (same_BxTxS & (self.keys_BxS != 0)[:, None, :])[:, None]
-            mask = known if mask is None else known & mask
-        return mask
-
-    @classmethod
-    def within(
-        cls,
-        numbers_BxS: jax.Array | None,
-        length: int,
-        *,
-        causal: bool,
-        index: jax.Array | None = None,
-        window: int | None = None,
-        packed: bool = False,
-    ) -> "Structure":
-        """Return the structure of a sequence that attends to itself, or to the cache that it is written to.
-
-        Args:
-          numbers_BxS: the keys' document numbers; None for one document without padding.
-          length: T, how many of the keys are queries.
-          causal: as above.
-          index: where the first query stands in the cache; None where there is none.
-          window: as above.
-          packed: as above.
-        """
-        queries = numbers_BxS
-        if numbers_BxS is not None and index is not None:
-            queries = jax.lax.dynamic_slice_in_dim(numbers_BxS, index, length, 1)
-        return cls(queries, numbers_BxS, index, causal, window, packed)
-
-
-EVERYTHING = Structure()
-
-
 def attend(
     query_BxTxHxK: jax.Array,
     key_BxSxGxK: jax.Array,
@@ -110,6 +39,7 @@ def attend(
     *,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: DropWeights | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
@@ -120,8 +50,9 @@ def attend(
       key_BxSxGxK: keys.
       value_BxSxGxK: values.
       structure: what may attend to what. What a query finds that may attend to nothing is arbitrary.
-      bias: added to the scaled scores, broadcastable to [B, H, T, S].
+      bias: added to the scaled and capped scores, broadcastable to [B, H, T, S].
       scale: what scores are multiplied by; K ** -0.5 where it is None.
+      softcap: what scaled scores are kept below, by tanh (Gemma Team 2024, section 2); None leaves them.
       dropout: of the weights; None for none.
       implementation: "xla"; "chunked": the same for a few queries at a time, so that memory grows with the length and
         not with its square; "cudnn" and "flash", on GPUs, and "splash", on TPUs: kernels; "auto" chooses.
@@ -132,21 +63,36 @@ def attend(
     scale = query_BxTxHxK.shape[-1] ** -0.5 if scale is None else scale
     operands = query_BxTxHxK, key_BxSxGxK, value_BxSxGxK
     if implementation == "auto":
-        implementation = choose(operands, structure, bias, dropout)
+        implementation = choose(operands, structure, bias, dropout, softcap)
     elif implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention: unknown implementation '{implementation}'{nearest(implementation, NAMES)}")
-    elif (why := obstacle(implementation, operands, structure, bias, dropout)) is not None:
+    elif (why := obstacle(implementation, operands, structure, bias, dropout, softcap)) is not None:
         raise UserError(f"attention: '{implementation}' {why}; 'auto' chooses one that can")
-    return IMPLEMENTATIONS[implementation](*operands, structure, bias, scale, dropout)
+
+    def compute(structure: Structure, *operands: jax.Array) -> jax.Array:
+        return IMPLEMENTATIONS[implementation](*operands, structure, bias, scale, dropout, softcap)
+
+    if structure.local is None or implementation in PLAIN:
+        return compute(structure, *operands)
+    # A kernel is compiled for one window.
+    near, far = (dataclasses.replace(structure, local=None, window=window) for window in (structure.window, None))
+    branches = functools.partial(compute, near), functools.partial(compute, far)
+    return jax.lax.cond(jnp.asarray(structure.local), *branches, *operands)
 
 
 Operands = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def choose(operands: Operands, structure: Structure, bias: jax.Array | None, dropout: DropWeights | None) -> str:
+def choose(
+    operands: Operands,
+    structure: Structure,
+    bias: jax.Array | None,
+    dropout: DropWeights | None,
+    softcap: float | None = None,
+) -> str:
     """Return the implementation that is best on the platform: its kernel where that serves and pays."""
     for kernel in KERNELS.get(platform(), ()):
-        if obstacle(kernel, operands, structure, bias, dropout) is None:
+        if obstacle(kernel, operands, structure, bias, dropout, softcap) is None:
             return kernel
     query, key, _ = operands
     return "chunked" if query.shape[1] >= BLOCK // key.shape[1] and key.shape[1] >= LONG else "xla"
@@ -158,10 +104,13 @@ def obstacle(
     structure: Structure,
     bias: jax.Array | None,
     dropout: DropWeights | None,
+    softcap: float | None = None,
 ) -> str | None:
     """Return why an implementation cannot compute this, or None."""
-    if implementation in ("xla", "chunked"):
+    if implementation in PLAIN:
         return None
+    if softcap is not None and implementation != "splash":
+        return "has no soft cap of scores"
     if dropout is not None and implementation != "flash":
         return "has no dropout of attention weights"
     if structure.start is not None:
@@ -178,6 +127,7 @@ def xla(
     bias: jax.Array | None = None,
     scale: float | None = None,
     drop_weights: Callable[[jax.Array], jax.Array] | None = None,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention (Vaswani 2017, section 3.2.1), with grouped heads (Ainslie 2023).
 
@@ -187,6 +137,8 @@ def xla(
     if scale is None:
         scale = query_BxTxHxK.shape[-1] ** -0.5
     scores_BxHxTxS = _grouped("BTHK,BSHK->BHTS", query_BxTxHxK * scale, key_BxSxGxK, product)
+    if softcap is not None:
+        scores_BxHxTxS = soft_cap(scores_BxHxTxS, softcap)
     if bias is not None:
         scores_BxHxTxS += bias
     if mask is not None:
@@ -223,9 +175,10 @@ def _whole(
     bias: jax.Array | None,
     scale: float,
     dropout: DropWeights | None,
+    softcap: float | None,
 ) -> jax.Array:
     mask = structure.mask(query.shape[1], key.shape[1])
-    return xla(query, key, value, mask, bias, scale, _dropped(dropout, query.shape[1], 0))[0]
+    return xla(query, key, value, mask, bias, scale, _dropped(dropout, query.shape[1], 0), softcap)[0]
 
 
 def chunked(
@@ -236,6 +189,7 @@ def chunked(
     bias: jax.Array | None,
     scale: float,
     dropout: DropWeights | None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Compute `xla` for a block of queries at a time, in the backward pass again (Rabe 2021, section 2)."""
     length, size = query.shape[1], key.shape[1]
@@ -256,7 +210,7 @@ def chunked(
         rows = dataclasses.replace(structure, queries_BxT=numbers, start=first + index * block)
         keys, values = key_32.astype(key.dtype), value_32.astype(value.dtype)
         mask, drop_weights = rows.mask(block, size), _dropped(dropout, length, index * block)
-        return xla(queries, keys, values, mask, biases if whole is None else whole, scale, drop_weights)[0]
+        return xla(queries, keys, values, mask, biases if whole is None else whole, scale, drop_weights, softcap)[0]
 
     numbers = None if structure.queries_BxT is None else blocks(structure.queries_BxT, 1)
     whole = bias if bias is None or bias.shape[2] == 1 else None
@@ -288,6 +242,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "splash": kernels.splash,
 }
 NAMES = ("auto", *IMPLEMENTATIONS)
+PLAIN = ("xla", "chunked")  # which compute everything
 # Best first. On an H200, 32 rows of 1,024 causal tokens in 12 heads of 64 took cuDNN 0.83 ms both ways, and
 # 1.25 ms with a mask of documents; `flash`, which skips blocks between documents, took 0.58 ms.
 KERNELS = {"gpu": ("cudnn", "flash"), "tpu": ("splash",)}
@@ -317,7 +272,9 @@ class Attention(nn.Module):
       use_bias: of the projections to queries, keys and values.
       out_bias: of the projection of the result.
       query_key_norm: makes the norm of each head's queries and keys (Henry 2020); None leaves them.
+      norm_whole: whether that norm goes over all heads at once (OLMo Team 2024), and not over each.
       scale: see `attend`.
+      softcap: see `attend`.
       dropout: on the attention weights.
       dtype: of the products.
       kernel_init: of the kernels.
@@ -334,7 +291,9 @@ class Attention(nn.Module):
     use_bias: bool = True
     out_bias: bool = True
     query_key_norm: Callable[..., nn.Module] | None = None
+    norm_whole: bool = False
     scale: float | None = None
+    softcap: float | None = None
     dropout: float = 0.0
     dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.normal(0.02)
@@ -386,7 +345,9 @@ class Attention(nn.Module):
             return x if position is None else x + position.astype(x.dtype)
 
         def turn(x: jax.Array, name: str) -> jax.Array:
-            x = self.query_key_norm(name=f"{name}_norm")(x) if self.query_key_norm else x
+            if self.query_key_norm:
+                wide = x.reshape(*x.shape[:-2], -1) if self.norm_whole else x
+                x = self.query_key_norm(name=f"{name}_norm")(wide).reshape(x.shape)
             return rotate(x, *rotary) if rotary else x
 
         def keys_and_values() -> tuple[jax.Array, jax.Array]:
@@ -420,12 +381,13 @@ class Attention(nn.Module):
                 structure=structure,
                 bias=bias,
                 scale=self.scale,
+                softcap=self.softcap,
                 dropout=dropout,
                 implementation=self.implementation,
             )
             return (jax.checkpoint(call) if self.remat == "attention" else call)(query, key, value)
         mask, drop_weights = structure.mask(query.shape[1], key.shape[1]), _dropped(dropout, query.shape[1], 0)
-        outputs, weights_BxHxTxS = xla(query, key, value, mask, bias, self.scale, drop_weights)
+        outputs, weights_BxHxTxS = xla(query, key, value, mask, bias, self.scale, drop_weights, self.softcap)
         self.sow("intermediates", "weights", weights_BxHxTxS)
         return outputs
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from research.models import layers
-from research.models.attention import Attention, Structure
+from research.models.attention import Attention
 from research.models.blocks import Block, stack
 from research.models.positions import sinusoids
+from research.models.structure import Structure
 
 
 class Embeddings(nn.Module):
@@ -132,7 +133,7 @@ class Encoder(nn.Module):
             ),
             mlp=functools.partial(layers.MLP, self.intermediate_size, self.activation, **shared),
             norm=functools.partial(layers.LayerNorm, self.layer_norm_epsilon, dtype=dtype),
-            norm_first=False,
+            norms="sum",
             dropout=self.dropout,
         )
 

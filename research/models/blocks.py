@@ -3,17 +3,25 @@
 Shape letters as in `layers`.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.errors import UserError, nearest
-from research.models.attention import EVERYTHING, Structure
 from research.models.layers import Dropout, DropPath
+from research.models.structure import EVERYTHING, Structure
 from research.sharding import constrain, platform
+
+# What a block normalises: what goes into each part (Xiong 2020), what comes out of it (OLMo Team 2024), both (Gemma
+# Team 2024), or each residual sum (Vaswani 2017).
+NORMS = ("before", "after", "around", "sum")
 
 
 class Block(nn.Module):
@@ -23,7 +31,7 @@ class Block(nn.Module):
       attention: makes an `Attention` of a name.
       mlp: makes an `MLP`.
       norm: makes a norm.
-      norm_first: normalise what goes into each part (Xiong 2020), or each sum (Vaswani 2017; Devlin 2018).
+      norms: what is normalised, see `NORMS`.
       dropout: before each residual sum.
       layer_scale: what learned factors begin with that each part's output is multiplied by (Touvron 2021, "Going deeper
         with image transformers"); None leaves them out.
@@ -33,7 +41,7 @@ class Block(nn.Module):
     attention: Callable[..., nn.Module]
     mlp: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
-    norm_first: bool = True
+    norms: str = "before"
     dropout: float = 0.0
     layer_scale: float | None = None
     drop_path: float = 0.0
@@ -52,15 +60,29 @@ class Block(nn.Module):
         source_position_BxSxD: jax.Array | None = None,
         index: jax.Array | None = None,
         depth: jax.Array | None = None,
+        local: jax.Array | None = None,
+        local_rotary: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Map [B, T, D] to [B, T, D].
 
         `structure` to `index` are those of `Attention`; `depth` goes from 0 at the first block to 1 at the last.
+        `local` says whether this block keeps to the structure's window, and then turns queries and keys by
+        `local_rotary` where that is given; with None it keeps to the window and turns them by `rotary`.
         """
+        if self.norms not in NORMS:
+            raise UserError(f"unknown norms '{self.norms}'{nearest(self.norms, NORMS)}")
+        if local is not None:
+            structure = dataclasses.replace(structure, local=local)
+            if local_rotary is not None and rotary is not None:
+                rotary = jax.tree.map(functools.partial(jnp.where, local), local_rotary, rotary)
 
         def add(x: jax.Array, part: nn.Module, **context: Any) -> jax.Array:
             norm = self.norm(name=f"{part.name}_norm")
-            y = part(norm(x) if self.norm_first else x, **context)
+            y = part(norm(x) if self.norms in ("before", "around") else x, **context)
+            if self.norms == "after":
+                y = norm(y)
+            elif self.norms == "around":
+                y = self.norm(name=f"{part.name}_out_norm")(y)
             if self.layer_scale is not None:
                 init = nn.initializers.constant(self.layer_scale)
                 y *= self.param(f"{part.name}_scale", init, (y.shape[-1],), jnp.float32).astype(y.dtype)
@@ -68,7 +90,7 @@ class Block(nn.Module):
             if depth is not None:
                 y = DropPath(self.drop_path, name=f"{part.name}_drop_path")(y, depth)
             x += y
-            return x if self.norm_first else norm(x)
+            return norm(x) if self.norms == "sum" else x
 
         shared = {"position_BxTxD": position_BxTxD, "index": index}
         own = {"structure": structure, "bias": bias, "rotary": rotary}
@@ -95,6 +117,7 @@ REMAT: dict[str, Policy | None] = {
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 MOST_UNROLLED = 32
+EMPTY: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def remat_policy(name: str) -> Policy | None:
@@ -119,7 +142,7 @@ def stack(
     *,
     unroll: int | None = None,
     remat: str = "none",
-    each: Mapping[str, jax.Array] | None = None,
+    each: Mapping[str, np.ndarray | jax.Array] = EMPTY,
     **context: Any,
 ) -> jax.Array:
     """Apply `num_layers` blocks in turn, compiled once by a scan over their stacked parameters.
@@ -132,22 +155,22 @@ def stack(
       unroll: how many blocks the compiler sees at once; None chooses by platform and depth, see `default_unroll`. The
         parameters' layout stays.
       remat: what is recomputed in the backward pass instead of kept, by the names of `REMAT`.
-      each: arrays with a leading axis of length `num_layers`, of which every block is passed its own.
+      each: of every array [num_layers, ...] a block gets its own row, by that name.
       **context: passed to every block.
 
     Where the parameters come as {"0": those of the first block, ...} the blocks are applied one by one, and their
     caches are kept alike. Decoding does so: a scan copies every layer's weights for every token.
     """
     if block.has_variable("params", "0"):
-        return _one_by_one(block, num_layers, x, context, each or {})
-    return _scan(block, num_layers, x, unroll, remat, context, each or {})[0]
+        return _one_by_one(block, num_layers, x, context, each)
+    return _scan(block, num_layers, x, unroll, remat, context, each)[0]
 
 
 def every_output(
     block: nn.Module, num_layers: int, x: jax.Array, *, unroll: int | None = None, remat: str = "none", **context: Any
 ) -> jax.Array:
     """Apply blocks as `stack` does and return the outputs of all of them, [num_layers, B, T, D]."""
-    return _scan(block, num_layers, x, unroll, remat, context, {}, every=True)[1]
+    return _scan(block, num_layers, x, unroll, remat, context, EMPTY, every=True)[1]
 
 
 def _scan(
@@ -157,13 +180,12 @@ def _scan(
     unroll: int | None,
     remat: str,
     context: dict[str, Any],
-    each: Mapping[str, jax.Array],
+    each: Mapping[str, np.ndarray | jax.Array],
     every: bool = False,
 ) -> tuple[jax.Array, Any]:
     """Return the output of the last block and, where `every` one is asked for, those of all, stacked."""
     # A share that is 0 everywhere is left out: blocks need not know of depth.
-    scanned = {"depth": jnp.linspace(0, 1, num_layers)} if getattr(block, "drop_path", 0.0) else {}
-    scanned |= each
+    depths = {"depth": jnp.linspace(0, 1, num_layers)} if getattr(block, "drop_path", 0.0) else {}
 
     def step(
         block: nn.Module, x: jax.Array, context: dict[str, Any], own: dict[str, jax.Array]
@@ -183,17 +205,16 @@ def _scan(
         length=num_layers,
         unroll=unroll,
     )
-    return scan(block, x, context, scanned)
+    return scan(block, x, context, depths | {name: jnp.asarray(rows) for name, rows in each.items()})
 
 
 def _one_by_one(
-    block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any], each: Mapping[str, jax.Array]
+    block: nn.Module, num_layers: int, x: jax.Array, context: dict[str, Any], each: Mapping[str, np.ndarray | jax.Array]
 ) -> jax.Array:
     alone, held = block.clone(parent=None), block.variables
     mutable = ["cache"] if block.is_mutable_collection("cache") else []
     for layer in range(num_layers):
-        name = str(layer)
-        own: dict[str, Any] = {key: value[layer] for key, value in each.items()}
+        name, own = str(layer), {key: rows[layer] for key, rows in each.items()}
         variables = {collection: every[name] for collection, every in held.items() if name in every}
         x, changed = alone.apply(variables, x, mutable=mutable, **context, **own)
         for collection, value in changed.items():

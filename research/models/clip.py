@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.models import layers, vit
-from research.models.attention import Attention, Structure
+from research.models.attention import Attention
 from research.models.blocks import Block, stack
+from research.models.structure import Structure
 
 
 class TextEncoder(nn.Module):

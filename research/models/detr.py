@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.models import layers
-from research.models.attention import Attention, Structure
+from research.models.attention import Attention
 from research.models.blocks import Block, every_output, stack
 from research.models.resnet import ResNet, shrink
+from research.models.structure import Structure
 
 
 def sinusoids(mask_BxHxW: jax.Array, width: int) -> jax.Array:
@@ -179,7 +180,7 @@ class Detr(nn.Module):
             mlp = functools.partial(
                 layers.MLP, width, self.activation, dropout=self.activation_dropout, dtype=dtype, kernel_init=init
             )
-            return functools.partial(Block, attention, mlp, norm, norm_first=False, dropout=self.dropout)
+            return functools.partial(Block, attention, mlp, norm, norms="sum", dropout=self.dropout)
 
         size: dict[str, Any] = {"unroll": self.unroll, "remat": self.remat}
         self.projection = layers.Dense(self.hidden_size, dtype=dtype, kernel_init=init)

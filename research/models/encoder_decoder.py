@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from research.errors import UserError, nearest
 from research.models import layers
-from research.models.attention import EVERYTHING, Attention, CacheIndex, Structure
+from research.models.attention import Attention, CacheIndex
 from research.models.blocks import Block, stack
 from research.models.positions import RelativeBias, positions, sinusoids
+from research.models.structure import EVERYTHING, Structure
 
 POSITIONS = ("sinusoidal", "learned", "relative")
 SIDES = ("encoder", "decoder")
@@ -52,7 +53,7 @@ class Stack(nn.Module):
         index: jax.Array | None = None,
         packed: bool = False,
     ) -> jax.Array:
-        """Map [B, T, D] to [B, T, D]; see `attention.Structure.within` for `numbers_BxS`, `index` and `packed`."""
+        """Map [B, T, D] to [B, T, D]; see `structure.Structure.within` for `numbers_BxS`, `index` and `packed`."""
         length, start = x_BxTxD.shape[1], 0 if index is None else index
         structure = Structure.within(numbers_BxS, length, causal=self.causal, index=index, packed=packed)
         bias = None
@@ -188,7 +189,7 @@ class EncoderDecoder(nn.Module):
                     **shared,
                 ),
                 norm=norm,
-                norm_first=self.norm_first,
+                norms="before" if self.norm_first else "sum",
                 dropout=self.dropout,
             ),
             norm=norm if self.norm_first else None,
@@ -243,7 +244,7 @@ class EncoderDecoder(nn.Module):
         attention_mask_BxS: jax.Array | None = None,
         positions_BxS: jax.Array | None = None,
     ) -> jax.Array:
-        """Map token ids int32 [B, S] to [B, S, D]; see `attention.Structure` for the numbers in the mask."""
+        """Map token ids int32 [B, S] to [B, S, D]; see `structure.Structure` for the numbers in the mask."""
         x_BxSxD = self._embed("encoder", input_ids_BxS, attention_mask_BxS, positions_BxS, 0)
         return self.encoder(x_BxSxD, attention_mask_BxS, packed=positions_BxS is not None)
 

@@ -22,7 +22,8 @@ except ImportError:  # JAX 0.12 announces that it will drop what this is written
     flash_kernel = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from research.models.attention import DropWeights, Structure
+    from research.models.attention import DropWeights
+    from research.models.structure import Structure
 
 LANES = 128  # of a TPU's vector registers
 SPLASH_BLOCK = 512
@@ -51,9 +52,10 @@ def cudnn(
     bias: jax.Array | None,
     scale: float,
     dropout: None = None,
+    softcap: None = None,
 ) -> jax.Array:
     """Compute attention by cuDNN's flash attention; odd lengths, which it has no backward pass for, are filled up."""
-    del dropout  # refused before
+    del dropout, softcap  # refused before
     length, size = query.shape[1], key.shape[1]
     lengths: tuple[jax.Array, ...] | tuple[None, None] = (None, None)
     if structure.keys_BxS is not None and structure.queries_BxT is not None:
@@ -113,6 +115,7 @@ def splash(
     bias: None,
     scale: float,
     dropout: None = None,
+    softcap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Compute attention by splash attention, in blocks that skip what may not attend; each device its own share.
@@ -124,7 +127,7 @@ def splash(
     operands = [query * scale, key, value, *_numbers(query, key, structure)]
     filled = [_filled(x, 1, SPLASH_BLOCK if x.shape[1] > SPLASH_BLOCK else LANES) for x in operands]
     whole = structure.keys_BxS is None and filled[1].shape[1] == size
-    attend = functools.partial(_splash_part, structure.causal, structure.window, whole, interpret)
+    attend = functools.partial(_splash_part, structure.causal, structure.window, softcap, whole, interpret)
     return _on_each_device(attend, *filled)[:, :length]
 
 
@@ -194,10 +197,11 @@ def flash(
     bias: None,
     scale: float,
     dropout: "DropWeights | None",
+    softcap: None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Compute attention by `flash.flash`; each device its own share, with the dropout of the whole."""
-    del bias  # refused before
+    del bias, softcap  # refused before
     options = flash_kernel.Options(
         causal=structure.causal,
         window=structure.window,
@@ -225,6 +229,7 @@ def flash(
 def _splash_part(
     causal: bool,
     window: int | None,
+    softcap: float | None,
     whole: bool,
     interpret: bool,
     query: jax.Array,
@@ -243,6 +248,7 @@ def _splash_part(
         splash_attention.MultiHeadMask([mask] * query.shape[2]),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
         interpret=interpret,
         block_sizes=splash_attention.BlockSizes(
             block_q=rows,

@@ -76,6 +76,11 @@ def in_float32(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return chosen
 
 
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """Return x bent by tanh so that its magnitude stays below `cap` (Bello 2016; Gemma Team 2024, section 2)."""
+    return cap * jnp.tanh(x / cap)
+
+
 class Dropout(nn.Module):
     """Dropout (Srivastava 2014) that acts where a "dropout" key is given."""
 

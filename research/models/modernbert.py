@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from research.errors import UserError, nearest
 from research.models import layers
-from research.models.attention import Attention, Structure
+from research.models.attention import Attention
 from research.models.blocks import Block, stack
 from research.models.positions import positions, rotary_angles
+from research.models.structure import Structure
 
 POOLINGS = ("cls", "mean")
 

@@ -4,8 +4,8 @@ Shape letters as in `layers`.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,8 +23,25 @@ def positions(numbers_BxS: jax.Array | None, shape: tuple[int, ...], index: jax.
     return jax.lax.dynamic_slice_in_dim(counts_BxS, index, shape[1], 1)
 
 
+def longest(numbers_BxS: jax.Array | None, length: int, positions_BxT: jax.Array | None = None) -> jax.Array | int:
+    """Return how many tokens the longest sequence of a batch has, int32 []; in a cache those still to come count.
+
+    Args:
+      numbers_BxS: 0 at padding; None where there is none.
+      length: the length of the rows.
+      positions_BxT: where tokens stand, if that is not their number in the row.
+    """
+    if positions_BxT is not None:
+        return positions_BxT.max() + 1
+    return length if numbers_BxS is None else (numbers_BxS != 0).sum(axis=1).max()
+
+
 def rotary_angles(
-    positions_BxT: jax.Array, width: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None
+    positions_BxT: jax.Array,
+    width: int,
+    theta: float = 10000.0,
+    scaling: Mapping[str, Any] | None = None,
+    length: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Return sine and cosine, float32 [B, T, 1, K/2], of rotary position embeddings (Su 2021, section 3.4).
 
@@ -32,36 +49,145 @@ def rotary_angles(
       positions_BxT: positions.
       width: K, even.
       theta: the base of the geometric series of wavelengths.
-      scaling: how wavelengths are stretched, as config.json has it: None, {"rope_type": "linear", "factor": ...} (Chen
-        2023) or {"rope_type": "llama3", ...} (Grattafiori 2024, section 3.2).
+      scaling: how wavelengths are stretched, as config.json has it: None, or a "rope_type" of `SCALINGS` and its keys.
+        "yarn" and "longrope" also multiply sine and cosine by a factor, so that scores are scaled by its square.
+      length: see `longest`; "dynamic" and "longrope" depend on it.
     """
     if width % 2:
         raise UserError(f"rotary positions need heads of an even width, not {width}")
-    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     scaling = scaling or {}
     kind = scaling.get("rope_type", "default")
-    if kind == "linear":
-        frequencies /= scaling["factor"]
-    elif kind == "llama3":
-        frequencies = _llama3_frequencies(frequencies, scaling)
-    elif kind != "default":
-        raise UserError(f"unknown rope_type '{kind}'{nearest(kind, ('default', 'linear', 'llama3'))}")
-    angles = positions_BxT[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.sin(angles), jnp.cos(angles)
+    if kind not in SCALINGS:
+        raise UserError(f"unknown rope_type '{kind}'{nearest(kind, SCALINGS)}")
+    if missing := [key for key in SCALINGS[kind].needed if scaling.get(key) is None]:
+        raise UserError(f"rotary positions of rope_type '{kind}' need {missing[0]}")
+    angles = positions_BxT[:, :, None, None].astype(jnp.float32)
+    angles *= SCALINGS[kind].frequencies(width, theta, scaling, length)
+    factor = SCALINGS[kind].factor(scaling)
+    return jnp.sin(angles) * factor, jnp.cos(angles) * factor
 
 
-def _llama3_frequencies(frequencies: jax.Array, scaling: Mapping[str, Any]) -> jax.Array:
-    """Keep short wavelengths, stretches long ones by the factor, and goes smoothly from one to the other."""
+def _frequencies(width: int, theta: jax.Array | float, scaling: Mapping[str, Any], length: Any = 0) -> jax.Array:
+    return theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+def _linear(width: int, theta: float, scaling: Mapping[str, Any], length: jax.Array | int) -> jax.Array:
+    return _frequencies(width, theta, scaling) / scaling["factor"]
+
+
+def _llama3(width: int, theta: float, scaling: Mapping[str, Any], length: jax.Array | int) -> jax.Array:
+    """Keep short wavelengths, stretch long ones by the factor, and go smoothly from one to the other."""
+    frequencies = _frequencies(width, theta, scaling)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return kept * frequencies + (1.0 - kept) * frequencies / scaling["factor"]
 
 
+def _dynamic(width: int, theta: float, scaling: Mapping[str, Any], length: jax.Array | int) -> jax.Array:
+    """Raise the base for sequences beyond the original length, the more the longer they are."""
+    if width < 4:
+        raise UserError(f"rotary positions of rope_type 'dynamic' need heads of a width of 4 or more, not {width}")
+    factor = scaling["factor"]
+    beyond = jnp.maximum(jnp.asarray(length, jnp.float32) / scaling["original_max_position_embeddings"], 1.0)
+    return _frequencies(width, theta * (factor * beyond - (factor - 1.0)) ** (width / (width - 2)), scaling)
+
+
+def _yarn(width: int, theta: float, scaling: Mapping[str, Any], length: jax.Array | int) -> jax.Array:
+    """Keep what turns `beta_fast` times or more in the original length, stretch what turns `beta_slow` times or less.
+
+    Between them a ramp over the dimensions (Peng 2023, section 3.2).
+    """
+    original = scaling["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.get("beta_fast") or 32.0), dimension(scaling.get("beta_slow") or 1.0)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = jnp.clip((jnp.arange(width // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    frequencies = _frequencies(width, theta, scaling)
+    return frequencies * (1.0 - ramp) + frequencies / scaling["factor"] * ramp
+
+
+def _yarn_factor(scaling: Mapping[str, Any]) -> float:
+    """Return what sine and cosine are multiplied by (Peng 2023, section 3.3), with two weights in DeepSeek's models."""
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    grown = 0.1 * math.log(max(scaling["factor"], 1.0))
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return (scaling["mscale"] * grown + 1.0) / (scaling["mscale_all_dim"] * grown + 1.0)
+    return grown + 1.0
+
+
+def _longrope(width: int, theta: float, scaling: Mapping[str, Any], length: jax.Array | int) -> jax.Array:
+    """Divide each frequency by a searched factor of its own: one set up to the original length, one beyond it."""
+    short, long = (jnp.asarray(scaling[key], jnp.float32) for key in ("short_factor", "long_factor"))
+    if not short.shape == long.shape == (width // 2,):
+        raise UserError(
+            f"rotary positions of rope_type 'longrope' need {width // 2} values of short_factor and long_factor each, "
+            f"not {short.size} and {long.size}"
+        )
+    factors = jnp.where(length > scaling["original_max_position_embeddings"], long, short)
+    return _frequencies(width, theta, scaling) / factors
+
+
+def _longrope_factor(scaling: Mapping[str, Any]) -> float:
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    return math.sqrt(
+        1.0 + math.log(max(scaling["factor"], 1.0)) / math.log(scaling["original_max_position_embeddings"])
+    )
+
+
+class Scaling(NamedTuple):
+    """One way to stretch rotary wavelengths.
+
+    Attributes:
+      frequencies: of K, the base, the keys and the length: see `rotary_angles`.
+      needed: keys besides the "rope_type".
+      optional: keys that may be absent or null.
+      factor: what sine and cosine are multiplied by.
+    """
+
+    frequencies: Callable[[int, float, Mapping[str, Any], jax.Array | int], jax.Array]
+    needed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    factor: Callable[[Mapping[str, Any]], float] = lambda scaling: 1.0
+
+
+# By their names in config.json: Chen 2023; Grattafiori 2024, section 3.2; bloc97 and emozilla, as told by Peng 2023,
+# section 3.3; Peng 2023; Ding 2024.
+SCALINGS = {
+    "default": Scaling(_frequencies),
+    "linear": Scaling(_linear, ("factor",)),
+    "llama3": Scaling(_llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    "dynamic": Scaling(_dynamic, ("factor", "original_max_position_embeddings")),
+    "yarn": Scaling(
+        _yarn,
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+        _yarn_factor,
+    ),
+    "longrope": Scaling(
+        _longrope,
+        ("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
+        ("attention_factor",),
+        _longrope_factor,
+    ),
+}
+
+
 def rotate(x_BxTxHxK: jax.Array, sine: jax.Array, cosine: jax.Array) -> jax.Array:
-    """Rotate each pair of a dimension in the first half and its counterpart in the second half by its angle."""
-    first, second = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    """Rotate each pair of a dimension in the first half and its counterpart in the second half by its angle.
+
+    Dimensions beyond those that there are angles for stay as they are.
+    """
+    half = sine.shape[-1]
+    first, second, rest = jnp.split(x_BxTxHxK.astype(jnp.float32), (half, 2 * half), axis=-1)
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis=-1)
     return turned.astype(x_BxTxHxK.dtype)
 
 

@@ -163,10 +163,21 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one array of theirs becomes one or more of ours, and back."""
+    """How one array of theirs becomes one or more of ours, and back.
 
-    to_ours: Callable[[np.ndarray], Sequence[np.ndarray]]
+    Attributes:
+      to_ours: of theirs and, where it is `sized`, of the shapes of ours.
+      to_theirs: of ours.
+      sized: whether the shapes of ours say where theirs is split.
+    """
+
+    to_ours: Callable[..., Sequence[np.ndarray]]
     to_theirs: Callable[..., np.ndarray]
+    sized: bool = False
+
+    def split(self, theirs: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> Sequence[np.ndarray]:
+        """Return our arrays, which have these shapes."""
+        return self.to_ours(theirs, shapes) if self.sized else self.to_ours(theirs)
 
 
 SAME = Layout(lambda x: [x], lambda x: x)

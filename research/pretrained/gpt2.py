@@ -14,10 +14,28 @@ _LAYER = "transformer.h.{}."
 _FUSED = Layout(lambda x: np.split(x, 3, axis=-1), lambda *ours: np.concatenate(ours, axis=-1))
 
 
+# What most families of decoders lack.
+LACKING = {
+    "rope_local_theta": None,
+    "rope_share": 1.0,
+    "norms": "before",
+    "query_key_norm": False,
+    "query_key_norm_whole": False,
+    "query_scale": None,
+    "attention_softcap": None,
+    "sliding_window": None,
+    "local_layers": None,
+    "logits_softcap": None,
+    "embedding_scale": 1.0,
+}
+
+
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a decoder with the number and width of its heads written out."""
-    heads = fields["num_heads"]
+    """Return the fields of a decoder with its heads, and its layers that differ, written out."""
+    heads, local = fields["num_heads"], fields["local_layers"]
     return fields | {
+        "local_layers": None if local is None or len(set(local)) == 1 else tuple(local),
+        "sliding_window": None if local is not None and not any(local) else fields["sliding_window"],
         "num_kv_heads": fields["num_kv_heads"] or heads,
         "head_width": fields["head_width"] or fields["hidden_size"] // heads,
     }
@@ -73,10 +91,8 @@ FAMILY = Family(
                 "attention_bias": True,
                 "out_bias": True,
                 "mlp_bias": True,
-                "query_key_norm": False,
-                "sliding_window": None,
-                "embedding_scale": 1.0,
-            },
+            }
+            | LACKING,
             complete=complete,
         )
     },

@@ -5,10 +5,8 @@ read as the folder that it was made from.
 """
 
 import dataclasses
-import importlib
 import json
 import pathlib
-import pkgutil
 import re
 import shutil
 import uuid
@@ -19,11 +17,10 @@ import flax.linen as nn
 import flax.traverse_util
 import numpy as np
 
-import research.pretrained
 from research import assets, storage
-from research.data import gguf as gguf_file
 from research.errors import UserError, nearest
-from research.pretrained import gguf, onnx, weight_files
+from research.pretrained import weight_files
+from research.pretrained.families import family_of_config, family_of_model, name_of, read_config
 from research.pretrained.family import Family, Kind, Tensor, override
 from research.pretrained.torch_zip import Stored
 
@@ -84,18 +81,18 @@ def distilled_image_classifier(path: str, num_outputs: int | None = None, **over
 
 def load_model(path: str, kind: str, **fields: Any) -> nn.Module:
     """Return the model of that kind that a folder's config.json, or a file, describes, with `fields` replaced."""
-    config = _read_config(assets.resolve(path))
-    family = _family(config)
+    config = read_config(assets.resolve(path))
+    family = family_of_config(config)
     family.check(config)
     if kind not in family.kinds:
-        raise UserError(f"{_model_type(config)} has no '{kind}'{nearest(kind, family.kinds)}")
+        raise UserError(f"{name_of(config)} has no '{kind}'{nearest(kind, family.kinds)}")
     chosen = family.kinds[kind]
     return chosen.build(override(chosen, chosen.read(config), fields))
 
 
 def _classifier(path: str, kind: str, num_outputs: int | None, overrides: Mapping[str, Any]) -> nn.Module:
     if num_outputs is None:
-        num_outputs = _num_labels(_read_config(assets.resolve(path)))
+        num_outputs = _num_labels(read_config(assets.resolve(path)))
         if num_outputs is None:
             raise UserError(f"{path} has no labels, so num_outputs must be given")
     return load_model(path, kind, num_outputs=num_outputs, **overrides)
@@ -118,12 +115,12 @@ def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: boo
       UserError: the model is not the checkpoint's, or tensors are missing, unknown or of the wrong shape.
     """
     folder = assets.resolve(path)
-    config = _read_config(folder)
-    family = _family(config)
+    config = read_config(folder)
+    family = family_of_config(config)
     family.check(config)
     kind = family.kind_of(model)
     if kind is None:
-        raise UserError(f"{path} holds a model of the {_model_type(config)} family, not a {type(model).__name__}")
+        raise UserError(f"{path} holds a model of the {name_of(config)} family, not a {type(model).__name__}")
     _check_same_model(path, kind, config, model)
     shapes = {name: tuple(leaf.shape) for name, leaf in _flatten(params_shape).items()}
     stored = _canonical(weight_files.read(folder), family)
@@ -151,6 +148,7 @@ def save(
     tokenizer_files: Iterable[str | pathlib.Path] = (),
     config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    model_type: str = "",
 ) -> pathlib.Path:
     """Write a folder that from_pretrained loads: that of `transformers`, or of `diffusers` for a family of its own.
 
@@ -163,6 +161,7 @@ def save(
       tokenizer_files: files to copy beside the weights.
       config: more keys for config.json, such as pad_token_id; those that say what the model is stay as they are.
       max_shard_bytes: the largest weights file.
+      model_type: the family that is preferred where several have this model.
 
     Returns:
       The folder.
@@ -173,7 +172,7 @@ def save(
     folder = storage.path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name another folder to write the model to")
-    model_type, family, kind = family_of_model(model)
+    model_type, family, kind = family_of_model(model, model_type)
     keys = {**kind.defaults, **(config or {}), **kind.write(kind.fields(model))} | _identity(model_type, family, kind)
     if "num_outputs" in kind.overridable():
         keys |= _label_keys(kind.fields(model)["num_outputs"], labels, problem_type)
@@ -199,27 +198,6 @@ def save(
     return folder
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    if gguf_file.is_file(folder):
-        return gguf.config(folder)
-    if onnx.is_file(folder):
-        return onnx.config(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no Hugging Face model: it has no config.json")
-    return weight_files.read_json(folder / "config.json")
-
-
-def _families() -> dict[str, Family]:
-    names = [module.name for module in pkgutil.iter_modules(research.pretrained.__path__)]
-    modules = {name: importlib.import_module(f"research.pretrained.{name}") for name in names}
-    return {name: module.FAMILY for name, module in modules.items() if hasattr(module, "FAMILY")}
-
-
-def _model_type(config: Mapping[str, Any]) -> str:
-    """Return what a folder is known by; those of Diffusers say the name of a class."""
-    return str(config.get("model_type", config.get("_class_name")))
-
-
 def _identity(model_type: str, family: Family, kind: Kind) -> dict[str, Any]:
     """Return the keys of config.json that say what a folder is."""
     if family.diffusers:
@@ -230,34 +208,6 @@ def _identity(model_type: str, family: Family, kind: Kind) -> dict[str, Any]:
         "torch_dtype": "float32",  # read by Transformers 4
         "dtype": "float32",  # read by Transformers 5
     }
-
-
-def _family(config: Mapping[str, Any]) -> Family:
-    families, model_type = _families(), _model_type(config)
-    classes = {name: family for family in families.values() for name in family.diffusers}
-    known = {name: family for name, family in families.items() if not family.diffusers} | classes
-    name = model_type.replace("-", "_")
-    if name not in known:
-        near = nearest(name, known)
-        there = "" if "there are" in near else f" (there are: {', '.join(known)})"
-        raise UserError(f"config.json has the unknown model_type '{model_type}'{near}{there}")
-    return known[name]
-
-
-def family_of_model(model: nn.Module) -> tuple[str, Family, Kind]:
-    """Return the first family whose config.json can say all that matters of `model`."""
-    reasons = []
-    for name, family in _families().items():
-        kind = family.kind_of(model)
-        if kind is None:
-            continue
-        try:
-            kind.write(kind.fields(model))
-            return name, family, kind
-        except UserError as error:
-            reasons.append(str(error))
-    why = "; ".join(reasons) or f"none has a {type(model).__name__} of such parts"
-    raise UserError(f"no Hugging Face family has this model: {why}")
 
 
 def _num_labels(config: Mapping[str, Any]) -> int | None:
@@ -379,8 +329,8 @@ def _assign(
 
     arrays = {p: np.empty(shapes[p], np.float32) for tensor in present for p in tensor.ours}
     for tensor in present:
-        for name, _, index in expand(tensor, shapes):
-            for ours, array in zip(tensor.ours, tensor.layout.to_ours(stored[name].read())):
+        for name, split, index in expand(tensor, shapes):
+            for ours, array in zip(tensor.ours, tensor.layout.split(stored[name].read(), split)):
                 arrays[ours][index] = array
     return arrays, sorted(new), unused
 

@@ -7,7 +7,7 @@ module for an adapter of ours there, and an adapter that it writes there is refu
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +18,10 @@ import safetensors.numpy
 from research import assets
 from research.errors import UserError
 from research.pretrained import weight_files
+from research.pretrained.families import family_of_model
+from research.pretrained.families import model_type as model_type_of
 from research.pretrained.family import TRANSPOSED, Tensor
-from research.pretrained.huggingface import Report, expand, family_of_model
+from research.pretrained.huggingface import Report, expand
 from research.pretrained.huggingface import load_params as load_base
 from research.tasks.lora import DOWN, UP, LoRA
 
@@ -28,7 +30,7 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 ONLY = {"peft_type": "LORA", "use_dora": False, "bias": "none", "alpha_pattern": {}, "lora_bias": False}
 
 
-def save(folder: pathlib.Path, task: LoRA, params: Mapping[str, Any], base: str = "") -> None:
+def save(folder: pathlib.Path, task: LoRA, params: Mapping[str, Any], base: str = "", model_type: str = "") -> None:
     """Write an adapter that PEFT loads onto the base model.
 
     Args:
@@ -36,6 +38,7 @@ def save(folder: pathlib.Path, task: LoRA, params: Mapping[str, Any], base: str 
       task: what trained.
       params: its parameters.
       base: where the base model is, for base_model_name_or_path.
+      model_type: the family that is preferred where several have the base.
 
     Raises:
       UserError: the folder is there, no family has the model, or the family keeps an adapted kernel inside of another.
@@ -44,7 +47,7 @@ def save(folder: pathlib.Path, task: LoRA, params: Mapping[str, Any], base: str 
         raise UserError(f"{folder} exists already; name another folder to write the adapter to")
     whole, matrices = _flat(params.get("whole", {})), _flat(params["lora"])
     arrays = _flat(params["base"]) | whole
-    lines = {name: (line, index) for line, name, index in _lines(task.model, arrays)}
+    lines = {name: (line, index) for line, name, _, index in _lines(task.model, arrays, model_type)}
     adapted = {name: at for name, at in lines.items() if _place(at[0]) + DOWN in matrices}
     kept = sorted({name.rpartition(".")[0] for name, (line, _) in lines.items() if set(line.ours) & set(whole)})
     tensors: dict[str, np.ndarray] = {}
@@ -102,16 +105,17 @@ def load_params(
     }
     arrays, used = _flat(tree), set()
     brought: set[str] = set()
-    for line, name, index in _lines(model, arrays):
+    for line, name, shapes, index in _lines(model, arrays, model_type_of(path)):
         module = name.removesuffix(".weight")
         if (down := f"{module}.lora_A.weight") in stored and name.endswith(".weight"):
             up = f"{module}.lora_B.weight"
             delta = _scale(config, stored[down].shape[0]) * (stored[up] @ stored[down])
-            for ours, array in zip(line.ours, line.layout.to_ours(delta.T if config.get("fan_in_fan_out") else delta)):
+            delta = delta.T if config.get("fan_in_fan_out") else delta
+            for ours, array in zip(line.ours, line.layout.split(delta, shapes)):
                 arrays[ours][index] += array
             used |= {down, up}
         elif name in stored:
-            for ours, array in zip(line.ours, line.layout.to_ours(stored[name])):
+            for ours, array in zip(line.ours, line.layout.split(stored[name], shapes)):
                 if not isinstance(arrays[ours], np.ndarray):
                     arrays[ours] = np.empty(arrays[ours].shape, np.float32)
                 arrays[ours][index] = array
@@ -127,13 +131,15 @@ def _scale(config: Mapping[str, Any], rank: int) -> float:
     return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _lines(model: nn.Module, arrays: Mapping[str, Any]) -> Iterator[tuple[Tensor, str, Any]]:
-    """Yield for each array of theirs its line in the family's table, its name, and the index of ours in it."""
-    _, family, kind = family_of_model(model)
+def _lines(
+    model: nn.Module, arrays: Mapping[str, Any], preferred: str = ""
+) -> Iterator[tuple[Tensor, str, Sequence[tuple[int, ...]], Any]]:
+    """Yield for each array of theirs its line in the family's table, its name, the shapes of ours, and their index."""
+    _, family, kind = family_of_model(model, preferred)
     shapes = {path: tuple(array.shape) for path, array in arrays.items()}
     for line in family.table(kind, arrays):
-        for name, _, index in expand(line, shapes):
-            yield line, name, index
+        for name, ours, index in expand(line, shapes):
+            yield line, name, ours, index
 
 
 def _place(line: Tensor) -> str:

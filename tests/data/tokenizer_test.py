@@ -239,6 +239,27 @@ def test_a_padding_id_of_the_model_is_kept(tmp_path):
     assert tokenizer.load(str(tmp_path / "run")).pad_id == 7
 
 
+@pytest.mark.parametrize(
+    ("generation", "model", "ends"),
+    [
+        ({"eos_token_id": [7, 2, 9]}, {"eos_token_id": 5}, (2, 7, 9)),
+        ({"temperature": 0.6}, {"eos_token_id": [2, 5]}, (2, 5)),
+        (None, {"eos_token_id": 5}, (2, 5)),
+        (None, {"eos_token_id": 2}, (2,)),
+        (None, {}, (2,)),
+    ],
+)
+def test_a_text_ends_where_the_folder_says(generation, model, ends, tmp_path):
+    tokenizer.byte_level().save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    tokens = tokenizer.load(str(tmp_path))
+    assert (tokens.eos_id, tokens.end_ids) == (2, ends)
+    tokens.save(tmp_path / "run")
+    assert tokenizer.load(str(tmp_path / "run")).end_ids == ends
+
+
 def test_nothing_to_load(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer.json, no vocab.txt, and no vocab.json with merges.txt in"):
         tokenizer.load(str(tmp_path))

@@ -44,6 +44,10 @@ class Ids:
     eos_id: int | None
     pad_id: int = PAD
 
+    @property
+    def end_ids(self):
+        return () if self.eos_id is None else (self.eos_id,)
+
 
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request, tmp_path_factory):

@@ -42,7 +42,13 @@ LENGTHS = (7, 4, 1, 6)
 class Ids:
     """What generating needs to know of a tokenizer."""
 
-    pad_id, eos_id = 0, 5
+    pad_id, eos_id, end_ids = 0, 5, (5,)
+
+
+def ends(*ids, pad_id=0):
+    """Returns what generating needs to know of a tokenizer with these end tokens."""
+    ids = tuple(map(int, ids))
+    return type("End", (), {"eos_id": ids[0] if ids else None, "end_ids": ids, "pad_id": pad_id})
 
 
 @functools.cache
@@ -134,18 +140,36 @@ def test_what_learned_positions_of_an_encoder_decoder_cannot_hold_is_refused():
 def test_an_end_token_is_followed_by_padding():
     batch, settings = prompts(), Decoding(max_new_tokens=8)
     free = generated("gpt2", settings, batch, None)
-    end = type("End", (Ids,), {"eos_id": int(free[0, 3]), "pad_id": 2})
+    end = ends(free[0, 3], pad_id=2)
     found = generated("gpt2", settings, batch, end)
     for row, expected in zip(found, free):
         place = expected.tolist().index(end.eos_id) if end.eos_id in expected else 7
         assert row.tolist() == expected[: place + 1].tolist() + [2] * (7 - place)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_output_ends_with_any_of_several_end_tokens(beams):
+    settings = Decoding(max_new_tokens=8, num_beams=beams)
+    free = generated("gpt2", settings, prompts(), None)
+    several = ends(39, free[0, 2], free[3, 4], pad_id=2)
+    found = generated("gpt2", settings, prompts(), several)
+    for row in found:
+        place = next((i for i, token in enumerate(row) if token in several.end_ids), 7)
+        assert (row[place + 1 :] == 2).all()
+    assert any(row[-1] == 2 for row in found)
+    stream = Stream(*made("gpt2"), Decoding(max_new_tokens=8), several)
+    prompt = prompts()["input_ids"][0, : LENGTHS[0]].tolist()
+    greedy = generated("gpt2", Decoding(max_new_tokens=8), prompts(), None)[0].tolist()
+    assert list(stream(prompt, jax.random.key(0))) == list(
+        itertools.takewhile(lambda token: token not in several.end_ids, greedy)
+    )
+
+
 def test_the_loop_ends_with_the_last_row():
     """The model is applied no more than it must be: a table that would yield NaN from some position on is not read."""
     batch, settings = prompts(), Decoding(max_new_tokens=8)
     free = generated("gpt2", settings, batch, None)
-    end = type("End", (Ids,), {"eos_id": int(free[0, 1])})
+    end = ends(free[0, 1])
     model, params = made("gpt2")
     one = {name: value[:1] for name, value in batch.items()}
     calls = []
@@ -269,7 +293,7 @@ def test_beam_search_finds_the_best_of_all(penalty):
     model = Decoder(5, 8, 1, 2, intermediate_size=16, max_positions=16, initializer_range=1.0)
     ids = jnp.array([[1, 3, 2], [4, 2, 2]])
     params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
-    tokens = type("End", (), {"eos_id": 4, "pad_id": 0})
+    tokens = ends(4)
     settings = Decoding(max_new_tokens=3, num_beams=64, length_penalty=penalty)
     found, scores = jax.jit(lambda p, ids: beam_search(model, p, {"input_ids": ids}, settings, tokens))(params, ids)
     every, apply = list(sequences(5, 3, 4)), jax.jit(model.apply)
@@ -360,7 +384,7 @@ def test_room():
 @pytest.mark.parametrize("beams", [1, 3])
 def test_an_output_ends_with_the_positions(beams):
     """What comes after them would be made of the table's NaN."""
-    end, most = type("End", (), {"eos_id": None, "pad_id": 2}), 32 + 1 - LENGTHS[0]
+    end, most = ends(pad_id=2), 32 + 1 - LENGTHS[0]
     found = generated("gpt2", Decoding(max_new_tokens=40, num_beams=beams), prompts(), end)
     short = generated("gpt2", Decoding(max_new_tokens=most, num_beams=beams), prompts(), end)
     np.testing.assert_array_equal(found[0, :most], short[0])

@@ -1,5 +1,7 @@
 """Text out of tokens as they come: nothing is shown that a later token would change."""
 
+import dataclasses
+
 import pytest
 
 from research.data import tokenizer, tokenizer_training
@@ -51,6 +53,8 @@ def test_bytes_that_are_no_text_come_at_the_end():
 
 def test_an_end_token_ends_the_text():
     assert completion(BYTES, [*ids("ab"), BYTES.eos_id, *ids("c")]) == "ab"
+    several = dataclasses.replace(BYTES, more_ends=(ids("d")[0],))
+    assert completion(several, ids("abdc")) == "ab"
 
 
 def test_a_special_token_may_be_a_stop_text():

@@ -1,5 +1,6 @@
 """Every implementation of attention against the reference: values and gradients, over what may attend to what."""
 
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -13,7 +14,8 @@ from research import sharding
 from research.errors import UserError
 from research.models import attention, kernels
 from research.models import flash as flash_kernel
-from research.models.attention import DropWeights, Structure, attend
+from research.models.attention import DropWeights, attend
+from research.models.structure import Structure
 
 LENGTH = 256
 GPU = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
@@ -72,8 +74,9 @@ def chunked(structure, *inputs, **options):
     return attend(*inputs, structure, implementation="chunked", **options)
 
 
-def splash(structure, query, key, value):
-    return kernels.splash(query, key, value, structure, None, query.shape[-1] ** -0.5, interpret=True)
+def splash(structure, query, key, value, softcap=None):
+    scale = query.shape[-1] ** -0.5
+    return kernels.splash(query, key, value, structure, None, scale, softcap=softcap, interpret=True)
 
 
 def flash(structure, query, key, value, dropout=None):
@@ -98,6 +101,49 @@ def test_every_implementation_equals_the_reference(name, compute, groups, small_
         functools.partial(attend, structure=structure, implementation="xla"), inputs, structure
     )
     found = value_and_gradients(functools.partial(compute, structure), inputs, structure)
+    for theirs, ours in zip(expected, found):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("compute", "name"), [(chunked, "causal padding"), (splash, "causal documents in a window")])
+def test_scores_are_capped_alike(name, compute, small_blocks):
+    structure, inputs = STRUCTURES[name], operands(STRUCTURES[name], 2, width=16)
+    reference = functools.partial(attend, structure=structure, implementation="xla", softcap=0.7)
+    expected = value_and_gradients(reference, inputs, structure)
+    found = value_and_gradients(functools.partial(compute, structure, softcap=0.7), inputs, structure)
+    for theirs, ours in zip(expected, found):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+    free = attend(*inputs, structure, implementation="xla")
+    assert np.abs(np.asarray(free)[real(structure)] - expected[0]).max() > 1e-2
+
+
+def test_scores_are_capped_by_their_formula():
+    query, key, value = operands(Structure(), length=8)
+    scores = np.einsum("bthk,bshk->bhts", query, key) * 0.3
+    weights = jax.nn.softmax(2.0 * np.tanh(scores / 2.0), axis=-1)
+    want = np.einsum("bhts,bshk->bthk", weights, value)
+    np.testing.assert_allclose(attend(query, key, value, scale=0.3, softcap=2.0), want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "local"),
+    [("xla", True), ("xla", False), ("chunked", True), ("flash", True), ("splash", False)],
+)
+def test_a_window_may_hold_in_some_layers_of_a_program(implementation, local, small_blocks, monkeypatch):
+    kernel = {"flash": kernels.flash, "splash": kernels.splash}.get(implementation)
+    if kernel:
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, implementation, functools.partial(kernel, interpret=True))
+        monkeypatch.setattr(attention, "obstacle", lambda *_: None)
+    structure = STRUCTURES["causal documents in a window"]
+    inputs = operands(structure, 2, width=16)
+    fixed = dataclasses.replace(structure, window=20 if local else None)
+    expected = value_and_gradients(functools.partial(attend, structure=fixed, implementation="xla"), inputs, structure)
+
+    def compute(local, *inputs):
+        chosen = dataclasses.replace(structure, local=local)
+        return attend(*inputs, chosen, implementation=implementation)
+
+    found = value_and_gradients(functools.partial(compute, jnp.asarray(local)), inputs, structure)
     for theirs, ours in zip(expected, found):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
 
@@ -194,6 +240,7 @@ def test_auto_chooses_the_platforms_kernel_and_another_where_that_cannot(on, ker
         assert chosen(STRUCTURES["causal documents"], None, None) == ("flash" if on_gpu else "xla")
     bias = jnp.zeros((1, 4, LENGTH, LENGTH))
     assert chosen(Structure(), bias, None) == ("cudnn" if on_gpu else "xla")
+    assert chosen(STRUCTURES["causal padding"], None, None, 50.0) == ("splash" if on == "tpu" else "xla")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +256,8 @@ def test_an_implementation_that_cannot_serve_says_why(implementation, message):
         attend(*operands(Structure()), implementation=implementation)
     monkeyed = "has no dropout of attention weights"
     assert attention.obstacle("splash", (), Structure(), None, DropWeights(0.1, None)) == monkeyed
+    for kernel in ("cudnn", "flash"):
+        assert attention.obstacle(kernel, (), Structure(), None, None, 50.0) == "has no soft cap of scores"
 
 
 def test_a_kernel_that_knows_lengths_alone_makes_other_rows_nan():

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 
 from research.errors import UserError
+from research.generation.decoding import unstack
+from research.models import blocks
 from research.models.gpt import Decoder
 
 SIZES = {
@@ -33,7 +36,19 @@ LLAMA = SIZES | {
 MODELS = {
     "gpt2": Decoder(**SIZES),
     "llama": Decoder(**LLAMA),
-    "windowed": Decoder(**LLAMA, sliding_window=3, query_key_norm=True),
+    "windowed": Decoder(
+        **LLAMA | {"norms": "after", "query_key_norm": True, "query_key_norm_whole": True, "rope_share": 2 / 3},
+        sliding_window=3,
+    ),
+    "alternating": Decoder(
+        **LLAMA
+        | {"norms": "around", "rope_scaling": FrozenDict(rope_type="linear", factor=2.0), "rope_local_theta": 10.0},
+        sliding_window=3,
+        local_layers=(True, False),
+        attention_softcap=2.0,
+        logits_softcap=3.0,
+        query_scale=5.0,
+    ),
 }
 
 
@@ -237,6 +252,51 @@ def test_embeddings_are_scaled():
     assert_close(logits(model.clone(embedding_scale=3.5), params, ids), logits(model, scaled, ids))
 
 
+# On a GPU the layers of a stack stand side by side.
+@pytest.mark.parametrize(("remat", "platform"), [("none", "cpu"), ("attention", "cpu"), ("full", "gpu")])
+def test_layers_of_one_stack_differ_in_their_window(remat, platform, monkeypatch):
+    monkeypatch.setattr(blocks, "platform", lambda: platform)
+    ids, params, model = tokens(2, 8), params_of(MODELS["alternating"]), MODELS["alternating"].clone(remat=remat)
+
+    def total(params):
+        found = model.apply({"params": params}, ids)
+        return (found**2).sum(), found
+
+    def one_by_one(params):
+        return total(unstack(params))
+
+    gradients, got = jax.jit(jax.grad(total, has_aux=True))(params)
+    expected, want = jax.jit(jax.grad(one_by_one, has_aux=True))(params)
+    assert_close(got, want)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-4), gradients, expected)
+    for layers in ((False, True), (True, True), (False, False)):
+        assert np.abs(logits(model.clone(local_layers=layers), params, ids) - want).max() > 1e-3
+
+
+def test_logits_stay_below_their_cap():
+    model, params = MODELS["alternating"], params_of(MODELS["alternating"])
+    free = logits(model.clone(logits_softcap=None), params, tokens(2, 8))
+    assert np.abs(free).max() > 3
+    assert_close(logits(model, params, tokens(2, 8)), 3 * np.tanh(free / 3))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_length_do_not_change_while_a_cache_fills(kind):
+    factors = {"short_factor": (1.0, 1.5, 2.0), "long_factor": (2.0, 3.0, 4.0)} if kind == "longrope" else {}
+    scaling = FrozenDict(rope_type=kind, factor=4.0, original_max_position_embeddings=6, **factors)
+    model, params = MODELS["llama"].clone(rope_scaling=scaling), params_of(MODELS["llama"])
+    ids, mask = tokens(2, 12), np.ones((2, 12), np.int32)
+    want = logits(model, params, ids)
+    scores, cache = step(model, params, None, ids[:, :4], mask)
+    for place in range(4, 12):
+        assert_close(scores, want[:, place - 1])
+        scores, cache = step(model, params, cache, ids[:, place : place + 1], mask)
+    short = logits(model, params, ids[:, :6])
+    assert np.abs(short - want[:, :6]).max() > 1e-3
+    numbers = np.pad(np.ones((2, 6), np.int32), ((0, 0), (0, 6)))
+    assert_close(logits(model, params, ids, numbers)[:, :6], short)  # padding is no length
+
+
 # Radford 2019, table 2, as the published files count them; Brown 2020, table 2.1, whose largest model is 174.6 billion;
 # the Llamas as their cards say.
 GPT3 = {"max_positions": 2048}
@@ -278,11 +338,18 @@ def test_wrong_fields_are_named():
         ({"positions": "rotery"}, "unknown positions 'rotery'; did you mean 'rotary'"),
         ({"norm": "rsm"}, "unknown norm 'rsm'; did you mean 'rms'"),
         ({"num_heads": 5}, "hidden_size 12 is not a multiple of num_heads 5"),
+        ({"norms": "arround"}, "unknown norms 'arround'; did you mean 'around'"),
+        ({"local_layers": (True, False)}, "local_layers needs a sliding_window and a value for each of 2 layers"),
+        ({"local_layers": (True,), "sliding_window": 3}, "value for each of 2 layers; it has 1"),
+        (
+            {"positions": "rotary", "head_width": 4, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rotary positions of rope_type 'yarn' need original_max_position_embeddings",
+        ),
         ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"positions": "rotary"}, "rotary positions need heads of an even width, not 3"),
         (
-            {"positions": "rotary", "head_width": 4, "rope_scaling": {"rope_type": "yarn"}},
-            "unknown rope_type 'yarn'; there are: default, linear, llama3",
+            {"positions": "rotary", "head_width": 4, "rope_scaling": {"rope_type": "yarm"}},
+            "unknown rope_type 'yarm'; did you mean 'yarn'",
         ),
     ):
         model = Decoder(**SIZES | change)

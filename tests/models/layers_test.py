@@ -11,8 +11,9 @@ import pytest
 
 from research.errors import UserError
 from research.models import layers
-from research.models.attention import Attention, Structure, xla
+from research.models.attention import Attention, xla
 from research.models.blocks import Block, stack
+from research.models.structure import Structure
 
 
 def normal(seed, *shape):
@@ -35,7 +36,7 @@ def block(dropout=0.0, name=None, drop_path=0.0, **shared):
         attention=functools.partial(Attention, 3, dropout=dropout, **shared),
         mlp=functools.partial(layers.MLP, 20, **shared),
         norm=functools.partial(layers.LayerNorm, 1e-3, dtype=shared.get("dtype", jnp.float32)),
-        norm_first=False,
+        norms="sum",
         dropout=dropout,
         drop_path=drop_path,
         name=name,
@@ -281,14 +282,14 @@ def test_a_stack_drops_paths_with_a_key_and_is_whole_without():
 
 
 def test_layer_scale_multiplies_what_a_part_adds():
-    x, scaled = normal(0, 2, 3, 12), block().clone(norm_first=True, layer_scale=0.5)
+    x, scaled = normal(0, 2, 3, 12), block().clone(norms="before", layer_scale=0.5)
     params = random_params(scaled, x)
     assert params["attention_scale"].shape == params["mlp_scale"].shape == (12,)
     zero = params | {name: jnp.zeros(12) for name in ("attention_scale", "mlp_scale")}
     np.testing.assert_array_equal(apply(scaled, zero, x), x)
     ones = params | {name: jnp.ones(12) for name in ("attention_scale", "mlp_scale")}
     plain = {name: leaf for name, leaf in params.items() if not name.endswith("_scale")}
-    expected = apply(block().clone(norm_first=True), plain, x)
+    expected = apply(block().clone(norms="before"), plain, x)
     np.testing.assert_allclose(apply(scaled, ones, x), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -5,8 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from research.pretrained import huggingface
+from research.pretrained import families, huggingface
 
 pytestmark = pytest.mark.peers
 
@@ -41,6 +42,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 900.0, "factor": 4.0, "original_max_position_embeddings": 12}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 300.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.2, 3.1, 5.7],
+}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 13}
 CASES = {
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied, narrow": ("GPT2", GPT2 | {"n_inner": 21, "tie_word_embeddings": False}),
@@ -57,6 +66,27 @@ CASES = {
         LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}},
     ),
     "llama llama3": ("Llama", LLAMA | {"head_dim": 16, "rope_parameters": LLAMA3}),
+    "llama yarn": ("Llama", LLAMA | {"head_dim": 16, "rope_parameters": YARN}),
+    "llama yarn with everything": (
+        "Llama",
+        LLAMA
+        | {"head_dim": 32}
+        | {"rope_parameters": YARN | {"beta_fast": 3.0, "beta_slow": 0.2, "mscale": 0.7, "mscale_all_dim": 1.4}},
+    ),
+    "llama yarn, its own attention factor, not truncated": (
+        "Llama",
+        LLAMA | {"head_dim": 24, "rope_parameters": YARN | {"attention_factor": 0.6, "truncate": False}},
+    ),
+    "llama dynamic": (
+        "Llama",
+        LLAMA
+        | {"head_dim": 8, "max_position_embeddings": 11}
+        | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 3.0}},
+    ),
+    "llama dynamic, within its length": (
+        "Llama",
+        LLAMA | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 3.0}},
+    ),
     "mistral": ("Mistral", LLAMA | {"num_key_value_heads": 2, "sliding_window": 5}),
     "mistral full": ("Mistral", LLAMA | {"num_key_value_heads": 6, "sliding_window": None, "head_dim": 4}),
     "qwen2": ("Qwen2", LLAMA | {"num_key_value_heads": 2}),
@@ -65,6 +95,18 @@ CASES = {
         LLAMA
         | {"num_key_value_heads": 6, "tie_word_embeddings": True}
         | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    ),
+    "qwen2 yarn, first layer full": (
+        "Qwen2",
+        LLAMA
+        | {"num_key_value_heads": 2, "rope_parameters": YARN}
+        | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3 second layer full": (
+        "Qwen3",
+        LLAMA
+        | {"num_key_value_heads": 2, "head_dim": 10, "use_sliding_window": True, "sliding_window": 4}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
     "qwen3": ("Qwen3", LLAMA | {"num_key_value_heads": 2, "head_dim": 14}),
     "qwen3 biases, sliding": (
@@ -80,6 +122,63 @@ CASES = {
         | {"num_key_value_heads": 6, "head_dim": 6, "attention_bias": True}
         | {"tie_word_embeddings": False, "hidden_act": "silu"},
     ),
+    "gemma2": ("Gemma2", LLAMA | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4} | CAPS),
+    "gemma2 without caps, biases, untied, one window": (
+        "Gemma2",
+        LLAMA
+        | {"num_key_value_heads": 6, "head_dim": 6, "attention_bias": True, "tie_word_embeddings": False}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention"] * 3},
+    ),
+    "gemma3_text": (
+        "Gemma3Text",
+        LLAMA
+        | {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2}
+        | {"query_pre_attn_scalar": 9},
+    ),
+    "gemma3_text with all": (
+        "Gemma3Text",
+        LLAMA
+        | {
+            "final_logit_softcapping": 3.0,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "sliding_window": 3,
+            "num_hidden_layers": 7,
+        }
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 700.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            }
+        },
+    ),
+    "gemma3_text, windows only": (
+        "Gemma3Text",
+        LLAMA
+        | {"num_key_value_heads": 2, "head_dim": 10, "sliding_window": 3}
+        | {"layer_types": ["sliding_attention"] * 3},
+    ),
+    "olmo2": ("Olmo2", LLAMA | {"num_key_value_heads": 2}),
+    "olmo2 all heads, tied, biases": (
+        "Olmo2",
+        LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "rope_parameters": LLAMA3},
+    ),
+    "phi3": ("Phi3", LLAMA | {"num_key_value_heads": 2, "sliding_window": 5}),
+    "phi3 longrope, beyond its length": (
+        "Phi3",
+        LLAMA | {"original_max_position_embeddings": 8, "rope_parameters": LONGROPE},
+    ),
+    "phi3 longrope, within its length": (
+        "Phi3",
+        LLAMA | {"original_max_position_embeddings": 24, "rope_parameters": LONGROPE, "num_key_value_heads": 3},
+    ),
+    "phi3 a part of each head": (
+        "Phi3",
+        LLAMA
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}},
+    ),
 }
 
 
@@ -90,7 +189,7 @@ def peer(name, noise=0.3):
     torch.manual_seed(0)
     head = "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
     config = getattr(transformers, f"{prefix}Config")(**config)
-    model = getattr(transformers, prefix + head)(config).eval()
+    model = getattr(transformers, prefix.removesuffix("Text") + head)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
@@ -146,14 +245,42 @@ def test_logits_equal_both_ways(name, tmp_path):
     assert_close(ours, peer_logits(reference, arrays), arrays, name)
 
     ids = {"bos_token_id": 3, "eos_token_id": 4, "pad_token_id": 0}
-    huggingface.save(tmp_path / "ours", model, params, config=ids, max_shard_bytes=40_000)
+    family = families.model_type(str(tmp_path / "theirs"))
+    huggingface.save(tmp_path / "ours", model, params, config=ids, max_shard_bytes=40_000, model_type=family)
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
+    assert loaded.config.model_type == reference.config.model_type
     assert (loaded.config.bos_token_id, loaded.config.eos_token_id, loaded.config.pad_token_id) == (3, 4, 0)
     assert_close(ours, peer_logits(loaded.eval(), arrays), arrays, f"{name}, exported")
 
 
-@pytest.mark.parametrize("name", ["llama linear", "llama llama3"])
+@pytest.mark.parametrize("published", [True, False])
+def test_the_text_part_of_a_model_of_text_and_images(published, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    text = CASES["gemma3_text with all"][1] | {"final_logit_softcapping": None}
+    vision = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 4, "vision_use_head": False}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    reference = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    reference.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {n.replace("model.language_model.", "language_model.model."): x for n, x in load_file(file).items()}
+    tensors = {name.replace("model.vision_tower", "vision_tower"): x for name, x in tensors.items()}
+    if not published:  # as modules are called in memory
+        tensors = {n.replace("language_model.model.", "model.language_model."): x for n, x in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    model, params, report = load(tmp_path)
+    assert report.new == ()
+    assert all("vision_tower" in name or "multi_modal_projector" in name for name in report.unused)
+    arrays = batch()
+    assert_close(our_logits(model, params, arrays), peer_logits(reference, arrays), arrays, "gemma3's text part")
+
+
+@pytest.mark.parametrize("name", ["llama linear", "llama llama3", "llama yarn", "llama dynamic"])
 def test_rotary_positions_as_transformers_4_wrote_them(name, tmp_path):
     reference = peer(name)
     reference.save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from research.errors import UserError
 from research.models.gpt import Decoder
-from research.pretrained import huggingface
+from research.pretrained import families, huggingface
 
 SIZES = {"vocab_size": 31, "hidden_size": 12, "num_layers": 2, "num_heads": 2, "intermediate_size": 20}
 LLAMA = SIZES | {
@@ -35,12 +35,38 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": (1.5,),
+    "long_factor": (4.0,),
+    "factor": 2.0,
+    "original_max_position_embeddings": 512,
+}
+GEMMA = LLAMA | {
+    "tie_embeddings": True,
+    "activation": "gelu_pytorch_tanh",
+    "embedding_scale": 12**0.5,
+    "norms": "around",
+    "sliding_window": 3,
+    "logits_softcap": 30.0,
+}
 MODELS = {
     "gpt2": Decoder(**SIZES, num_kv_heads=2, head_width=6, max_positions=17, norm_epsilon=1e-3, dropout=0.2),
     "llama": Decoder(**LLAMA | {"mlp_bias": True}, rope_theta=500.0, rope_scaling=LLAMA3, max_positions=4096),
     "mistral": Decoder(**LLAMA, sliding_window=3),
     "qwen2": Decoder(**LLAMA | {"attention_bias": True}, sliding_window=3),
     "qwen3": Decoder(**LLAMA, query_key_norm=True, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    "gemma2": Decoder(**GEMMA, local_layers=(True, False), attention_softcap=50.0, query_scale=9.0),
+    "gemma3_text": Decoder(
+        **GEMMA | {"query_key_norm": True, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        local_layers=(False, True),
+        query_scale=256.0,
+        rope_theta=1e6,
+        rope_local_theta=1e4,
+    ),
+    "olmo2": Decoder(**LLAMA, norms="after", query_key_norm=True, query_key_norm_whole=True, rope_scaling=YARN),
+    "phi3": Decoder(**LLAMA, rope_scaling=LONGROPE, rope_share=0.5, sliding_window=3, max_positions=1024),
     "gemma": Decoder(**LLAMA | {"tie_embeddings": True, "activation": "gelu_pytorch_tanh"}, embedding_scale=12**0.5),
 }
 ARCHITECTURES = {
@@ -50,6 +76,10 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 
 
@@ -150,6 +180,21 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(family, tmp_pat
         )
 
 
+def test_phi3_stacks_its_layers(tmp_path):
+    tensors = safetensors.numpy.load_file(save(tmp_path, "phi3") / "model.safetensors")
+    layer = jax.tree.map(lambda leaf: leaf[1], random_params(MODELS["phi3"])["layers"])
+    for name, parts in {
+        "self_attn.qkv_proj": [layer["attention"][part]["kernel"] for part in ("query", "key", "value")],
+        "mlp.gate_up_proj": [layer["mlp"][part]["kernel"] for part in ("gate", "up")],
+    }.items():
+        np.testing.assert_array_equal(tensors[f"model.layers.1.{name}.weight"], np.concatenate([x.T for x in parts]))
+    assert not [
+        name
+        for name in tensors
+        if re.search(r"[qkv]_proj|[ne]_proj", name.replace("qkv_proj", "")) and "down" not in name
+    ]
+
+
 def test_gemma_keeps_its_norms_above_one(tmp_path):
     tensors = safetensors.numpy.load_file(save(tmp_path, "gemma") / "model.safetensors")
     params = random_params(MODELS["gemma"])
@@ -215,10 +260,92 @@ def test_rotary_positions_in_every_form_that_transformers_wrote(tmp_path):
     assert load(folder)[0].rope_theta == 10000.0
 
 
+# Of config.json as it was published with Transformers 4, what says what the model is; and its number of parameters.
+PUBLISHED = {
+    "Llama-3.2-1B": (
+        {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256}
+        | {"max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": True, "mlp_bias": False}
+        | {"rope_scaling": LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192}, "rms_norm_eps": 1e-5},
+        1_235_814_400,
+        {"tie_embeddings": True, "rope_theta": 500000.0},
+    ),
+    "Qwen2.5-0.5B with YaRN": (
+        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+        | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+        | {"max_position_embeddings": 32768, "max_window_layers": 24, "sliding_window": 32768}
+        | {"use_sliding_window": False, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6}
+        | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+        494_032_768,
+        {"sliding_window": None, "rope_scaling": YARN | {"original_max_position_embeddings": 32768}},
+    ),
+    "Phi-3-mini-128k": (
+        {"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "tie_word_embeddings": False}
+        | {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 262144}
+        | {"rope_scaling": {"type": "su", "short_factor": 48 * [1.05], "long_factor": 48 * [2.0]}},
+        3_821_079_552,
+        {
+            "rope_scaling": LONGROPE
+            | {"short_factor": 48 * (1.05,), "long_factor": 48 * (2.0,), "factor": 32.0}
+            | {"original_max_position_embeddings": 4096}
+        },
+    ),
+    "OLMo-2-1B": (
+        {"model_type": "olmo2", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 100352, "rope_theta": 500000},
+        1_484_916_736,
+        {"norms": "after"},
+    ),
+    "Gemma-2-2B": (
+        {"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+        | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256}
+        | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096},
+        2_614_341_888,
+        {"local_layers": 13 * (True, False), "attention_softcap": 50.0, "logits_softcap": 30.0},
+    ),
+    "Gemma-3-1B": (
+        {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26}
+        | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 256}
+        | {"sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1000000, "rope_local_base_freq": 10000},
+        999_885_952,
+        {"local_layers": (4 * (5 * (True,) + (False,)) + (True, True)), "rope_theta": 1e6, "rope_local_theta": 1e4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_of_transformers_4(name, tmp_path):
+    config, count, fields = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = huggingface.load_model(str(tmp_path), "causal_lm")
+    assert {field: getattr(model, field) for field in fields} == fields
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes(model))) == count
+
+
+def test_gemma3_as_transformers_5_writes_it(tmp_path):
+    folder = save(tmp_path, "gemma3_text")
+    parameters = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    old = ["rope_scaling", "rope_theta", "rope_local_base_freq"]
+    edit_config(folder, drop=old, rope_parameters=parameters)
+    assert load(folder)[0] == MODELS["gemma3_text"]
+    parameters["sliding_attention"]["rope_type"] = "linear"
+    edit_config(folder, rope_parameters=parameters)
+    with pytest.raises(UserError, match="stretches the rotary positions of sliding_attention, which is not impl"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"rope_type": "yarn", "factor": 2.0}, "unknown rope_type 'yarn'; there are: default, linear, llama3"),
+        ({"rope_type": "longrope"}, "unknown rope_type 'longrope'; there are: default, dynamic, linear, llama3, yarn"),
+        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 7}, "original length other than"),
+        ({"rope_type": "yarn", "factor": 2.0, "low_factor": 1}, "rope_type 'yarn' with unknown low_factor"),
         ({"rope_type": "linear"}, "rope_type 'linear' with factor missing"),
         ({"rope_type": "default", "beta_fast": 2}, "rope_type 'default' with unknown beta_fast"),
         ({"full_attention": {"rope_type": "default"}}, "rope_type 'default' with unknown full_attention"),
@@ -243,6 +370,8 @@ def test_rotary_positions_that_we_do_not_implement_are_refused(parameters, messa
         ("llama", "quantization_config", {"bits": 4}),
         ("mistral", "layer_types", ["full_attention", "sliding_attention"]),
         ("gemma", "use_bidirectional_attention", True),
+        ("gemma3_text", "attn_logit_softcapping", 50.0),
+        ("phi3", "layer_types", ["full_attention", "sliding_attention"]),
     ],
 )
 def test_what_we_do_not_implement_is_refused(family, key, value, tmp_path):
@@ -250,6 +379,14 @@ def test_what_we_do_not_implement_is_refused(family, key, value, tmp_path):
     edit_config(folder, **{key: value})
     with pytest.raises(UserError, match=re.escape(f"config.json has {key}={value!r}, of which only ")):
         load(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_scaling_by_the_published_length_survives_training_at_another(family, tmp_path):
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 512}
+    scaling, longest = (LONGROPE, 1024) if family == "phi3" else (dynamic, 512)
+    folder = save(tmp_path, family, MODELS[family].clone(rope_scaling=scaling, max_positions=128))
+    assert load(folder)[0] == MODELS[family].clone(rope_scaling=scaling, max_positions=longest)
 
 
 def test_windows_of_qwen(tmp_path):
@@ -269,8 +406,13 @@ def test_windows_of_qwen(tmp_path):
     assert window(layer_types=["sliding_attention"] * 2) == 3
     assert window(layer_types=["full_attention"] * 2) is None
     for mixed in ({"max_window_layers": 1}, {"layer_types": ["full_attention", "sliding_attention"]}):
-        with pytest.raises(UserError, match="full attention in 1 of 2 layers and a sliding window in the others"):
-            window(**mixed)
+        edit_config(folder, **mixed)
+        assert load(folder)[0] == MODELS["qwen2"].clone(local_layers=(False, True))
+    again = save(tmp_path / "again", "qwen2", load(folder)[0])
+    assert config_of(again)["layer_types"] == ["full_attention", "sliding_attention"]
+    assert config_of(again)["max_window_layers"] == 1
+    with pytest.raises(UserError, match="unknown layer_type 'chunked_attention'"):
+        window(layer_types=["full_attention", "chunked_attention"])
 
 
 def test_gemmas_old_name_of_its_activation(tmp_path):
@@ -312,7 +454,27 @@ def test_overrides(family, tmp_path):
         huggingface.load_model(str(folder), "sequence_classifier", num_outputs=2)
 
 
+def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
+    folder = save(tmp_path, "gemma3_text")
+    want = load(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config_of(folder)}))
+    image = {"vision_tower.embeddings.weight": np.ones((2, 3), np.float32)}
+    edit_tensors(folder, lambda tensors: {f"language_model.{name}": x for name, x in tensors.items()} | image)
+    model, params, report = load(folder)
+    assert model == want[0]
+    jax.tree.map(np.testing.assert_array_equal, params, want[1])
+    assert report == huggingface.Report((), ("vision_tower.embeddings.weight",))
+
+
 # Saving
+
+
+@pytest.mark.parametrize(("preferred", "family"), [("", "llama"), ("phi3", "phi3"), ("gemma", "llama")])
+def test_of_several_families_that_have_a_model_the_preferred_one_is_written(preferred, family, tmp_path):
+    model = MODELS["phi3"].clone(rope_scaling=None, rope_share=1.0, sliding_window=None)
+    folder = huggingface.save(tmp_path / "model", model, random_params(model), model_type=preferred)
+    assert config_of(folder)["model_type"] == family == families.model_type(str(folder))
+    assert load(folder)[0] == model
 
 
 def test_a_decoder_that_no_family_has_is_named(tmp_path):
