@@ -9,6 +9,8 @@ Modes:
   export     a folder that Hugging Face's from_pretrained loads (--output)
   prepare    the data of --config, into the cache, ahead of a run: tokenised and measured; several processes that are
              started at once, on one machine or on several with one cache, share the work; needs no --workdir
+  sweep      the points of get_sweep() in --config, each in a process of its own: what is left of them, as a run would
+             resume; --workdir holds a folder for each, and sweep.json
   plan       what --config needs on --topology: memory, operations, hours; reads no data, and needs no --workdir
 
 Flags:
@@ -27,6 +29,11 @@ Flags:
                   export: the folder to write; by default export in the run's folder
                   plan: a file for the result as JSON
   --profile_steps train: FIRST:END, the steps of which a trace, for xprof and Perfetto, goes to the run's folder
+  --stop_at       train: a step, or a share of the run below 1, at which to evaluate, save and stop with status 75
+  --parallel      sweep: points that run at once; 1 by default
+  --shard         sweep: 3/16 runs the third of sixteen parts, for array jobs that share a folder
+  --metric        sweep: by which points are ranked, test/accuracy or test/loss:min; config.checkpoint.best by default
+  --halving       sweep: successive halving; 3 lets the best third go on, at growing shares of the run
   --topology      plan: a TPU slice (v5e:4x4, v5p:4x4x8), compiled for with the extra "tpu"; GPUs (h100x8), by
                   arithmetic; or cpu. By default the config's own, config.plan.topology
   --utilisation   plan: the share of the peak at which hours are told; 0.4 by default
@@ -54,15 +61,16 @@ from research.errors import UserError, nearest
 from research.runtime import allocator, memory
 
 MODES = {
-    "train": ("profile_steps",),
+    "train": ("profile_steps", "stop_at"),
     "evaluate": ("checkpoint",),
     "predict": ("checkpoint", "input", "output"),
     "generate": ("checkpoint", "prompt", "input", "output"),
     "export": ("checkpoint", "output"),
     "prepare": (),
+    "sweep": ("parallel", "shard", "metric", "halving"),
     "plan": ("topology", "output", "utilisation", "price"),
 }
-OWN = ("checkpoint", "prompt", "input", "output", "topology", "utilisation", "price", "profile_steps")  # of some modes
+OWN = tuple(dict.fromkeys(name for names in MODES.values() for name in names))  # flags of some modes
 FLAGS = ("config", "workdir", "mode", *OWN)
 
 
@@ -108,7 +116,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         _check_number(name, getattr(flags, name))
     if not flags.workdir and flags.mode not in ("plan", "prepare"):
         raise UserError("--workdir: say which folder holds, or will hold, the run")
-    if not flags.config and (flags.mode == "train" or not flags.workdir):
+    if not flags.config and (flags.mode in ("train", "sweep") or not flags.workdir):
         raise UserError(f"--config: say which config file to {flags.mode}, such as --config=configs/movie_snippets.py")
     return flags
 
@@ -132,7 +140,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) -> int:
     workdir = storage.path(flags.workdir or ".").absolute()
-    storage.check_folder("--workdir", workdir, writes=flags.mode == "train")
+    storage.check_folder("--workdir", workdir, writes=flags.mode in ("train", "sweep"))
     if flags.config:
         config = overrides.load(flags.config)
         overrides.apply(config, changes)  # before JAX is imported, which takes seconds
@@ -146,6 +154,7 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
     from research.reporting.meter import NonFiniteError
     from research.reporting.record import load_config
     from research.runtime.preemption import PreemptedError
+    from research.sweep import PointsFailedError
 
     _start_jax(flags.distributed)
     quieten()
@@ -154,6 +163,8 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
         overrides.apply(config, changes)
     run = importlib.import_module(f"research.{flags.mode}").run
     given = {name: getattr(flags, name) for name in MODES[flags.mode]}
+    if flags.mode == "sweep":
+        given |= {"file": flags.config, "changes": changes}
     try:
         run(config, workdir, **{name: value for name, value in given.items() if value is not None})
     except PreemptedError as error:
@@ -163,7 +174,7 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
         traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (NonFiniteError, UnreadableCheckpointError, SaveError, OSError) as error:
+    except (NonFiniteError, UnreadableCheckpointError, SaveError, PointsFailedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:

@@ -25,7 +25,9 @@ from research.runtime.preemption import PreemptedError, Preemption
 from research.step import TrainState, train_step
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None = None) -> dict[str, Any]:
+def run(
+    config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None = None, stop_at: str | float | None = None
+) -> dict[str, Any]:
     """Train what a config names, evaluate it and write the run's folder; resume the run in the folder.
 
     Args:
@@ -33,13 +35,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None = N
       workdir: holds at the end config.json, run.json, metrics.jsonl, result.json, tokenizer/, checkpoints/,
         tensorboard/, figures/.
       profile_steps: "10:15" traces the steps 10 to 14 into profile/, for xprof and Perfetto; None traces none.
+      stop_at: a step, or a share of the run below 1, at which to evaluate, save and stop; None goes on to the end.
 
     Returns:
       what result.json holds.
 
     Raises:
       UserError: the config, or a file that it names, is wrong.
-      PreemptedError: SIGTERM came; the state is saved.
+      PreemptedError: SIGTERM came, or `stop_at`; the state is saved.
       NonFiniteError: the loss or its gradient is not finite.
       UnreadableCheckpointError: the run has checkpoints, and none can be read.
       SaveError: a checkpoint cannot be written.
@@ -48,6 +51,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None = N
     traced = _steps(profile_steps)
     experiment = Experiment(config, workdir=workdir)
     experiment.build()
+    last = _last_step(stop_at, experiment.num_steps)
     record = Record(workdir, experiment.resolved)
     if (result := read_json(workdir / "result.json")) is not None:
         Progress(experiment.num_steps, experiment.num_steps).table(f"{workdir}: finished before", summary(result))
@@ -56,7 +60,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, profile_steps: str | None = N
     with record, Preemption() as preemption:
         checkpoints = experiment.checkpoints(workdir)
         try:
-            return _Loop(experiment, workdir, checkpoints, preemption, record, traced).run()
+            return _Loop(experiment, workdir, checkpoints, preemption, record, traced, last).run()
         finally:
             checkpoints.close()
 
@@ -79,7 +83,9 @@ class _Loop:
         preemption: Preemption,
         record: Record,
         traced: range = range(0),
+        last: int | None = None,
     ):
+        self.last = last
         self.experiment, self.workdir, self.checkpoints, self.preemption = experiment, workdir, checkpoints, preemption
         self.traced, self.trace = traced, contextlib.ExitStack()
         self.tracing = False
@@ -113,6 +119,9 @@ class _Loop:
                 self.after_step()
                 if self.finished():
                     break
+                if self.last is not None and self.step >= self.last:
+                    self.save(replace=self.evaluate())
+                    raise PreemptedError(f"stopped at step {self.step}, as --stop_at says; without it the run goes on")
                 if self.preemption.reached(self.step):
                     self.stop()
                 self.take_step()
@@ -286,6 +295,19 @@ def _steps(text: str | None) -> range:
     if found is None or (text and int(found[1]) >= int(found[2])):
         raise UserError(f"--profile_steps: '{text}' is not FIRST:END, such as 10:15")
     return range(int(found[1]), int(found[2]))
+
+
+def _last_step(stop_at: str | float | None, num_steps: int) -> int | None:
+    """Return the step at which to stop, of a step or of a share of the run, or raise UserError."""
+    if stop_at is None:
+        return None
+    try:
+        value = float(stop_at)
+    except ValueError:
+        value = 0.0
+    if value <= 0 or (value >= 1 and value != int(value)):
+        raise UserError(f"--stop_at: {stop_at} is neither a step nor a share of the run between 0 and 1")
+    return int(value) if value >= 1 else math.ceil(value * num_steps)
 
 
 def jit_step(experiment: Experiment) -> Any:

@@ -8,12 +8,14 @@ import pathlib
 import re
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, FieldReference
 
+from research.configuration.sweeps import Sweep
 from research.errors import UserError, nearest
 
+T = TypeVar("T")
 Override = tuple[str, str]  # its key below the config, "optimizer.learning_rate", and its value as it was typed
 
 
@@ -45,7 +47,21 @@ def load(argument: str) -> ConfigDict:
     Raises:
       UserError: there is no such file or variant, or its Python is wrong.
     """
-    name, _, variant = argument.partition(":")
+    return _call(argument, "get_config", ConfigDict, variant=True)
+
+
+def load_sweep(argument: str) -> Sweep:
+    """Return what `get_sweep` in a config file gives.
+
+    Raises:
+      UserError: the file defines none, or as `load`.
+    """
+    return _call(argument, "get_sweep", Sweep, variant=False)
+
+
+def _call(argument: str, function: str, kind: type[T], variant: bool) -> T:
+    """Return what a function of a config file returns."""
+    name, _, chosen = argument.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
@@ -56,14 +72,16 @@ def load(argument: str) -> ConfigDict:
             raise UserError(f"--config: {path} is no Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        config = module.get_config(variant) if variant else module.get_config()
+        if function == "get_sweep" and not hasattr(module, function):
+            raise UserError(f"--config: {path} defines no get_sweep(); see research/configuration/sweeps.py")
+        made = getattr(module, function)(*[chosen] if chosen and variant else [])
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"--config: {_where(error, path)}: {_one_line(error)}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config: get_config in {path} returns a {type(config).__name__}, not a ConfigDict")
-    return config
+    if not isinstance(made, kind):
+        raise UserError(f"--config: {function} in {path} returns a {type(made).__name__}, not a {kind.__name__}")
+    return made
 
 
 def apply(config: ConfigDict, overrides: Sequence[Override]) -> None:
