@@ -5,11 +5,12 @@ from the Python package registry. The recipe is the usual one for BERT (Devlin 2
 Expected: test accuracy 85 to 86 %, of any seed; TF-IDF and logistic regression reach 78 %.
 Hardware: 2 CPU cores, 3 to 5 minutes.
 `:lora` trains low-rank adapters and the head alone. `:tiny` and `:lora-tiny` need neither network nor files and take
-seconds.
+seconds. --mode=sweep tries three rates with three seeds each.
 """
 
 from ml_collections import ConfigDict
 
+from research.configuration.sweeps import Sweep, grid, seeds
 from research.configuration.variants import MINILM, choose, tiny_text_data, tiny_text_model
 
 LABELS = ("negative", "positive")
@@ -36,6 +37,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint = dict(every_steps=200, keep=2)
     config.log = dict(every_steps=20, evaluate_every_steps=200)
     return choose(variant, VARIANTS, config)
+
+
+def get_sweep() -> Sweep:
+    return grid({"optimizer.learning_rate": (2e-5, 5e-5, 1e-4)}) * seeds(3)
 
 
 def data(split: str, length_buckets: int) -> dict:

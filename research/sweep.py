@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -80,10 +80,10 @@ def run(
     if halving is not None and count > 1:
         raise UserError("--halving: it ranks all points, and cannot be combined with --shard")
     own = dict(list(points.items())[index - 1 :: count])
-    ranking = _ranking(config, metric, needed=halving is not None)
+    ranking, rungs = _ranking(config, metric, needed=halving is not None), _rungs(len(own), halving)
     name = "sweep.json" if count == 1 else f"sweep-{index}-of-{count}.json"
     with _Runner(workdir, file, changes, own, _positive("--parallel", parallel), ranking, workdir / name) as runner:
-        for share, keep in _rungs(len(own), halving):
+        for share, keep in rungs:
             runner.advance(share)
             runner.keep_best(keep)
     runner.table()
@@ -119,8 +119,9 @@ def _positive(flag: str, value: str | int) -> int:
     return int(value)
 
 
-def _rungs(count: int, halving: str | float | None) -> Iterator[tuple[float, int]]:
-    """Yield the shares of a run at which to rank points, and how many go on from each; last (1.0, 1)."""
+def _rungs(count: int, halving: str | float | None) -> list[tuple[float, int]]:
+    """Return the shares of a run at which to rank points, and how many go on from each; the last share is 1."""
+    rungs = []
     if halving is not None:
         try:
             factor = float(halving)
@@ -130,8 +131,8 @@ def _rungs(count: int, halving: str | float | None) -> Iterator[tuple[float, int
             raise UserError(f"--halving: {halving} is not a number above 1, such as 3")
         for left in range(int(math.log(count, factor) + 1e-9), 0, -1):
             count = math.ceil(count / factor)
-            yield factor**-left, count
-    yield 1.0, count
+            rungs.append((factor**-left, count))
+    return [*rungs, (1.0, count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ class _Runner:
 
     def advance(self, share: float) -> None:
         """Run all points that go on up to a share of their steps."""
-        waiting = [name for name, entry in self.entries.items() if entry["status"] not in (DONE, STOPPED)]
+        waiting = [name for name, entry in self.entries.items() if entry["status"] not in (DONE, STOPPED, FAILED)]
         with concurrent.futures.ThreadPoolExecutor(self._parallel) as pool:
             for future in [pool.submit(self._run, name, share) for name in waiting]:
                 future.result()

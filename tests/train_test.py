@@ -208,3 +208,19 @@ def test_lines_tell_operations_and_waiting_and_some_steps_are_traced(tmp_path, c
 def test_steps_to_trace_are_a_range(steps, tmp_path):
     with pytest.raises(UserError, match=f"--profile_steps: '{steps}' is not FIRST:END"):
         train.run(config(), tmp_path, profile_steps=steps)
+
+
+def test_a_run_that_stops_where_it_is_told_ends_as_one_that_never_did(tmp_path):
+    whole = train.run(config(), tmp_path / "whole")
+    for stop, step in ((0.3, 4), ("0.3", 4), ("10", 10)):  # the second begins where it is to stop
+        with pytest.raises(PreemptedError, match=f"stopped at step {step}, as --stop_at says"):
+            train.run(config(), tmp_path / "parts", stop_at=stop)
+        assert rows(tmp_path / "parts")[-1]["step"] == step
+        assert "test/loss" in rows(tmp_path / "parts")[-1]
+    parts = train.run(config(), tmp_path / "parts", stop_at=500)  # beyond the end
+    assert parts["metrics"] == whole["metrics"]
+    last = [[row["train/loss"] for row in rows(tmp_path / name) if "train/loss" in row] for name in ("whole", "parts")]
+    assert last[0][-1] == last[1][-1]
+    for stop in ("0", "-1", "2.5", "soon"):
+        with pytest.raises(UserError, match=f"--stop_at: {stop} is neither a step nor a share"):
+            train.run(config(), tmp_path / "never", stop_at=stop)
