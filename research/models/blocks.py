@@ -214,7 +214,8 @@ def _one_by_one(
     alone, held = block.clone(parent=None), block.variables
     mutable = ["cache"] if block.is_mutable_collection("cache") else []
     for layer in range(num_layers):
-        name, own = str(layer), {key: rows[layer] for key, rows in each.items()}
+        name = str(layer)
+        own: dict[str, Any] = {key: rows[layer] for key, rows in each.items()}
         variables = {collection: every[name] for collection, every in held.items() if name in every}
         x, changed = alone.apply(variables, x, mutable=mutable, **context, **own)
         for collection, value in changed.items():
