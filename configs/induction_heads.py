@@ -66,9 +66,9 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.batch_size = 16
     config.num_steps = 30
     config.task.model.update(hidden_size=32, num_heads=2, intermediate_size=64)
-    config.data = data(seed=0, count=64, length=16, shortest=4)
-    config.evals.test.data = data(seed=1, count=16, length=16, shortest=4)
-    config.optimizer.warmup = 0
+    config.data = data(seed=0, count=64, vocab_size=4, length=16, shortest=4)
+    config.evals.test.data = data(seed=1, count=16, vocab_size=4, length=16, shortest=4)
+    config.optimizer.update(warmup=0, learning_rate=1e-2)
     config.checkpoint.every_steps = 10
     config.log = dict(every_steps=5, evaluate_every_steps=15)
     return config
