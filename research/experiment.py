@@ -50,10 +50,12 @@ class Log:
     Attributes:
       every_steps: steps between lines of training metrics.
       evaluate_every_steps: steps between evaluations; 0 evaluates at the end only.
+      trackers: where metrics go besides the run's folder: see `reporting.trackers`.
     """
 
     every_steps: int = 10
     evaluate_every_steps: int = 0
+    trackers: tuple[Any, ...] = ()
 
     def __post_init__(self):
         if self.every_steps < 1 or self.evaluate_every_steps < 0:

@@ -20,6 +20,7 @@ from research.optimizer import evaluation_params
 from research.reporting import figures
 from research.reporting.meter import Meter
 from research.reporting.record import Record, peak_memory_bytes, read_json, write_json
+from research.reporting.trackers import Trackers
 from research.reporting.writers import METRICS, Progress, Writer, read_metrics
 from research.runtime.preemption import PreemptedError, Preemption
 from research.step import TrainState, train_step
@@ -104,7 +105,7 @@ class _Loop:
         if self.evaluation["best"] and self.evaluation["best"]["metric"] != checkpoints.best:
             self.evaluation |= {"best": None, "stale": 0}
         self.unread: dict[str, Mean] | None = None
-        self.writer = Writer(workdir, self.step, extras.get("lines", 0))
+        self.writer = Writer(workdir, self.step, extras.get("lines", 0), trackers(experiment, workdir))
         self.progress = Progress(experiment.num_steps, self.step)
         if restored:
             self.progress.line(f"resumed from step {self.step}")
@@ -283,6 +284,11 @@ class _Loop:
             write_json(self.workdir / "result.json", result)
             self.progress.table(str(self.workdir), summary(result))
         return result
+
+
+def trackers(experiment: Experiment, workdir: pathlib.Path) -> Trackers | None:
+    """Return the trackers that config.log names, begun, in the process that writes."""
+    return Trackers(experiment.log.trackers, workdir, experiment.resolved) if jax.process_index() == 0 else None
 
 
 def _shapes(batch: dict[str, jax.Array]) -> tuple:

@@ -30,7 +30,7 @@ from research.errors import UserError
 PACKAGES = (
     *("research.tasks", "research.models", "research.data", "research.evaluators", "research.pretrained"),
     *("research.optimizer", "research.directions", "research.generation.decoding", "research.generation.diffusion"),
-    *("research.configuration.transfer", "research.configuration.initial"),
+    *("research.configuration.transfer", "research.configuration.initial", "research.reporting.trackers"),
 )
 MADE = (
     *("Source", "Joined", "Renumbered", "Latents", "Dataset", "Tokenizer"),

@@ -21,6 +21,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from research import storage
+from research.reporting.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 
@@ -32,9 +33,9 @@ class Writer:
       lines: how many lines metrics.jsonl holds.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, lines: int = 0):
+    def __init__(self, workdir: pathlib.Path, step: int, lines: int = 0, trackers: Trackers | None = None):
         """Open the files of a run that resumes after `step`; what a stopped run wrote after `lines` is dropped."""
-        self.lines, self._workdir = 0, workdir
+        self.lines, self._workdir, self._trackers = 0, workdir, trackers
         self._file: TextIO | None = None
         self._mirror: storage.Mirror | None = None
         if jax.process_index() == 0:
@@ -69,6 +70,8 @@ class Writer:
                 summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=name, image=picture)])
                 self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
             self._board.flush()
+            if self._trackers is not None:
+                self._trackers.write(step, {k: v for k, v in row.items() if v is not None}, pictures)
             if self._mirror is not None:
                 self._mirror.send(now=False)
 
@@ -81,6 +84,8 @@ class Writer:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if self._trackers is not None:
+            self._trackers.close(error is None)
         if error is not None:
             with contextlib.suppress(Exception):  # what cannot be sent must not hide what stopped the run
                 self.flush()
