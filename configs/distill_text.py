@@ -103,7 +103,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.task.model, config.task.teacher = ConfigDict(decoder(**sizes)), ConfigDict(decoder(**sizes))
     config.task.teacher_share = 0.5
     config = tiny_documents(config, length=32)
-    config.init = dict(call="research.configuration.initial.zeros", patterns=("^teacher/",))
+    config.init = dict(call="research.configuration.initial.normal", deviations=(("^teacher/", 0.0),))
     config.decoding.max_new_tokens = 8
     return config
 

@@ -2,10 +2,10 @@
 
 muP (Yang 2022, "Tensor Programs V", tables 3 and 8, for Adam) is here a set of rules by path and no change to a model:
 the learning rate of what maps width to width or to the output (kernels of blocks, the output layer) falls as 1 / width,
-relative to a base width of 64; kernels begin with a standard deviation of 1 / sqrt(inputs), and the output layer at
-zero (appendix D.2). Embeddings, biases and norms keep their rate. The width of a head is fixed, so that the scale of
-attention does not change with the width.
-`:standard` has the same initial values, but the output layer's, which begins like the kernels, and one rate for all.
+relative to a base width of 64; kernels begin with a standard deviation of 1 / sqrt(inputs), and the output layer with
+one that falls as 1 / width. Embeddings, biases and norms keep their rate. The width of a head is fixed, so that the
+scale of attention does not change with the width.
+`:standard` has one rate for all, and an output layer that begins like the other kernels.
 
     python -m research.main --config=configs/mup.py --config.task.model.hidden_size=256 \
         --config.optimizer.learning_rate=0.004 --workdir=DIR
@@ -48,7 +48,10 @@ def get_config(variant: str = "") -> ConfigDict:
     width = config.task.model.get_ref("hidden_size")
     config.task.model.num_heads = derived(width, lambda width: max(width // HEAD_WIDTH, 1), int)
     config.task.model.intermediate_size = derived(width, lambda width: 4 * width, int)
-    config.init = dict(call="research.configuration.initial.zeros", patterns=["^head/"])
+    config.init = dict(
+        call="research.configuration.initial.normal",
+        deviations=derived(width, lambda width: (("^head/kernel$", BASE_WIDTH**0.5 / width),), tuple),
+    )
     config.data = data("train")
     config.evals = dict(
         validation=dict(call="research.evaluators.means.Means", data=data("validation")),
