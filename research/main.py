@@ -41,7 +41,8 @@ Flags:
   --trust         modules whose code the config.json of a run's folder may call besides this package's models, tasks,
                   data and the like: --trust=mypackage; repeatable, or separated by commas. What --config and overrides
                   name needs no flag
-  --distributed   join the other processes of a pod or a cluster before starting
+  --distributed   join the other processes of a pod or a cluster before starting; they must have the same config, code
+                  and libraries, and see one --workdir
 
 Exit status: 0 done; 2 your mistake, said in one line; 75 preempted after saving, run the same again; 1 anything else.
 """
@@ -153,6 +154,7 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
     from research.checkpoint import SaveError, UnreadableCheckpointError, quieten
     from research.reporting.meter import NonFiniteError
     from research.reporting.record import load_config
+    from research.runtime import agreement
     from research.runtime.preemption import PreemptedError
     from research.sweep import PointsFailedError
 
@@ -161,6 +163,8 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
     if not flags.config:
         config = load_config(workdir)
         overrides.apply(config, changes)
+    if flags.distributed:
+        agreement.check(config, workdir if flags.mode == "train" else None)
     run = importlib.import_module(f"research.{flags.mode}").run
     given = {name: getattr(flags, name) for name in MODES[flags.mode]}
     if flags.mode == "sweep":
