@@ -275,7 +275,9 @@ def _cost(experiment: Experiment, target: plan.Target) -> dict[str, Any]:
 
 def _check_same_data(first: Candidate, other: Candidate) -> None:
     if not np.array_equal(first.labels, other.labels):
-        raise UserError(f"its examples or labels are others than those of {first.name}; the data and the seed must agree")
+        raise UserError(
+            f"its examples or labels are others than those of {first.name}; the data and the seed must agree"
+        )
 
 
 def _interval(values: np.ndarray) -> list[float]:
@@ -301,9 +303,7 @@ def _cautions(found: Sequence[Candidate], weights: np.ndarray) -> list[str]:
     """Return why the ranking, best first by LogME, is not to be trusted, in sentences; none where nothing speaks so."""
     first, cautions = found[0], []
     score = first.scores["logme"].resampled(weights)
-    near = [
-        other.name for other in found[1:] if _interval(score - other.scores["logme"].resampled(weights))[0] <= 0
-    ]
+    near = [other.name for other in found[1:] if _interval(score - other.scores["logme"].resampled(weights))[0] <= 0]
     if near:
         cautions.append(f"By LogME the examples do not tell the first, {first.name}, from {', '.join(near)}.")
     for name in first.scores:
@@ -352,7 +352,9 @@ def _short(name: str) -> str:
 def _print(result: Mapping[str, Any]) -> None:
     """Print the table, best first by LogME, and the cautions."""
     rows = result["candidates"]
-    title = f"{result['examples']} examples; best first by LogME; intervals of 95 %; fine-tuning on {result['topology']}"
+    title = (
+        f"{result['examples']} examples; best first by LogME; intervals of 95 %; fine-tuning on {result['topology']}"
+    )
     table = rich.table.Table(title=title, title_justify="left")
     table.add_column("candidate", overflow="fold")
     for name in rows[0]["scores"]:

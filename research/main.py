@@ -9,6 +9,8 @@ Modes:
   export     a folder that Hugging Face's from_pretrained loads (--output)
   prepare    the data of --config, into the cache, ahead of a run: tokenised and measured; several processes that are
              started at once, on one machine or on several with one cache, share the work; needs no --workdir
+  choose     which of --candidates suits the task of --config, a fine-tuning: each is scored by what its features say of
+             training examples, beside the cost of fine-tuning it; choose.json and choose.png go to --workdir
   plan       what --config needs on --topology: memory, operations, hours; reads no data, and needs no --workdir
 
 Flags:
@@ -26,9 +28,13 @@ Flags:
                   images: a .png file for a grid, a folder for a file each, or an .npz file for the numbers
                   export: the folder to write; by default export in the run's folder
                   plan: a file for the result as JSON
+  --candidates    choose: separated by commas: models as config.init.path takes them (a folder, hf://, pypi://), which
+                  take the place of the config's; folders of runs; configs/NAME.py:VARIANT for the same data, as they
+                  stand (overrides are --config's own)
+  --examples      choose: of the training data, that features are taken of; 2000 by default
   --profile_steps train: FIRST:END, the steps of which a trace, for xprof and Perfetto, goes to the run's folder
-  --topology      plan: a TPU slice (v5e:4x4, v5p:4x4x8), compiled for with the extra "tpu"; GPUs (h100x8), by
-                  arithmetic; or cpu. By default the config's own, config.plan.topology
+  --topology      plan, choose: a TPU slice (v5e:4x4, v5p:4x4x8), compiled for with the extra "tpu"; GPUs (h100x8), by
+                  arithmetic; or cpu. By default the config's own, config.plan.topology; else, in choose, what is here
   --utilisation   plan: the share of the peak at which hours are told; 0.4 by default
   --price         plan: of a chip and hour
   --trust         modules whose code the config.json of a run's folder may call besides this package's models, tasks,
@@ -60,9 +66,13 @@ MODES = {
     "generate": ("checkpoint", "prompt", "input", "output"),
     "export": ("checkpoint", "output"),
     "prepare": (),
+    "choose": ("candidates", "examples", "topology"),
     "plan": ("topology", "output", "utilisation", "price"),
 }
-OWN = ("checkpoint", "prompt", "input", "output", "topology", "utilisation", "price", "profile_steps")  # of some modes
+OWN = (  # of some modes
+    *("checkpoint", "prompt", "input", "output", "candidates", "examples"),
+    *("topology", "utilisation", "price", "profile_steps"),
+)
 FLAGS = ("config", "workdir", "mode", *OWN)
 
 
@@ -110,6 +120,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--workdir: say which folder holds, or will hold, the run")
     if not flags.config and (flags.mode == "train" or not flags.workdir):
         raise UserError(f"--config: say which config file to {flags.mode}, such as --config=configs/movie_snippets.py")
+    if flags.mode == "choose" and not flags.candidates:
+        raise UserError("--candidates: say which models to choose from, separated by commas")
     return flags
 
 
@@ -132,7 +144,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) -> int:
     workdir = storage.path(flags.workdir or ".").absolute()
-    storage.check_folder("--workdir", workdir, writes=flags.mode == "train")
+    storage.check_folder("--workdir", workdir, writes=flags.mode in ("train", "choose"))
     if flags.config:
         config = overrides.load(flags.config)
         overrides.apply(config, changes)  # before JAX is imported, which takes seconds

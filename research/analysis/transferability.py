@@ -154,12 +154,14 @@ def h_score(features: np.ndarray, labels: np.ndarray) -> Score:
     squares = (centred**2).sum(axis=1) / width
     within = (1 - shrinkage) * (inside**2 @ shares) + shrinkage * squares * (shares @ (solved**2).sum(axis=0))
     influence = (1 - shrinkage) * (between - within)
-    return Score((1 - shrinkage) * value, influence - influence.mean())
+    return Score(float((1 - shrinkage) * value), influence - influence.mean())
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, classes: bool, seed: int) -> Score:
     """Return how well a linear layer predicts in cross-validation: the accuracy, or of numbers the share explained."""
-    model = sklearn.linear_model.LogisticRegression(C=0.1, max_iter=300) if classes else sklearn.linear_model.Ridge(10.0)
+    model = (
+        sklearn.linear_model.LogisticRegression(C=0.1, max_iter=300) if classes else sklearn.linear_model.Ridge(10.0)
+    )
     scaled = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), model)
     return _cross_validated(scaled, features, labels, classes, seed)
 
