@@ -38,11 +38,11 @@ RESAMPLES = 200
 LEAST = 50  # examples
 WIDE = 2.0  # a ratio of widths at which scores of features compare with care
 FEW = 5  # candidates
+ROOM = 5  # examples for each feature, below which the H-score of features without a meaning is high too
 CLASSIFIERS = {
     True: "research.pretrained.huggingface.sequence_classifier",
     False: "research.pretrained.huggingface.image_classifier",
 }
-CONFIG_SUFFIX = ".py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run(
       config: of fine-tuning: classification or regression of texts or images.
       workdir: where to write.
       candidates: separated by commas. A model in any form that `assets.resolve` takes, which takes the place of the
-        config's; the folder of a run of this code; or the config file of another one for the same data, and its variant:
+        config's; the folder of a run of this code; or another config file for the same data, and its variant:
         configs/NAME.py:VARIANT.
       examples: how many of the training data are looked at.
       topology: what fine-tuning is planned for, see `plan.run`; by default config.plan.topology, else what is here.
@@ -97,14 +97,15 @@ def run(
             _check_same_data(found[0], found[-1])
     found.sort(key=lambda candidate: -candidate.scores["logme"].value)
     weights = transferability.resample(len(found[0].labels), RESAMPLES, config.get("seed", 0))
+    rows = [_summary(candidate, found, weights) for candidate in found]
     result = {
         "examples": len(found[0].labels),
         "topology": target.name,
-        "candidates": [_summary(candidate, found, weights) for candidate in found],
+        "candidates": rows,
         "cautions": _cautions(found, weights),
     }
     write_json(workdir / "choose.json", result)
-    _draw(result["candidates"], workdir / "choose.png")
+    _draw(rows, workdir / "choose.png")
     _print(result)
     return result
 
@@ -131,7 +132,7 @@ def _candidate(name: str, config: ConfigDict, examples: int, target: plan.Target
 
 def _config(name: str, config: ConfigDict) -> ConfigDict:
     """Return the config with which a candidate is fine-tuned."""
-    if name.partition(":")[0].endswith(CONFIG_SUFFIX):
+    if name.partition(":")[0].endswith(".py"):
         return overrides.load(name)
     config = ConfigDict(json.loads(config.to_json()))
     node = config.task
@@ -313,8 +314,10 @@ def _cautions(found: Sequence[Candidate], weights: np.ndarray) -> list[str]:
     widths = [candidate.features.shape[1] for candidate in found]
     if max(widths) >= WIDE * min(widths):
         cautions.append(
-            f"The features are {min(widths)} to {max(widths)} wide: wide ones fit more of the labels, whatever they mean."
+            f"The features are {min(widths)} to {max(widths)} wide: wide ones fit more of any labels."
         )
+    if "h_score" in first.scores and len(first.labels) < ROOM * max(widths):
+        cautions.append(f"{len(first.labels)} examples are few for an H-score of features {max(widths)} wide.")
     if len(found) < FEW:
         cautions.append(f"{len(found)} candidates are few: a rank correlation was measured on more.")
     return cautions

@@ -42,7 +42,7 @@ class Score:
 
 
 def resample(count: int, times: int, seed: int) -> np.ndarray:
-    """Return the weights float64 [times, count] of bootstrap resamples; the same for all models, to compare in pairs."""
+    """Return the weights float64 [times, count] of bootstrap resamples, the same for all models: pairs compare."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), times) / count
 
 
