@@ -313,9 +313,7 @@ def _cautions(found: Sequence[Candidate], weights: np.ndarray) -> list[str]:
             cautions.append(f"By {transferability.TITLES[name]} another one is first: {best.name}.")
     widths = [candidate.features.shape[1] for candidate in found]
     if max(widths) >= WIDE * min(widths):
-        cautions.append(
-            f"The features are {min(widths)} to {max(widths)} wide: wide ones fit more of any labels."
-        )
+        cautions.append(f"The features are {min(widths)} to {max(widths)} wide: wide ones fit more of any labels.")
     if "h_score" in first.scores and len(first.labels) < ROOM * max(widths):
         cautions.append(f"{len(first.labels)} examples are few for an H-score of features {max(widths)} wide.")
     if len(found) < FEW:

@@ -90,8 +90,8 @@ def main() -> None:
         config = {"candidates": names, "examples": ranking["examples"], "score": score}
         result = numbers | {"tau_low": low, "tau_high": high, "candidates": len(names), "train_seconds": seconds}
         benchmark.record(HERE / "runs" / score / "snippets", config, said, result, rows)
-        print(f"{TITLES[score]}: weighted tau {numbers['weighted_tau']:.3f} ({low:.3f} to {high:.3f}), ", end="")
-        print(f"Kendall's tau {numbers['kendall_tau']:.3f}, the first loses {100 * numbers['lost_accuracy']:.1f} points")
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in result.items() if name != "train_seconds")
+        print(f"{TITLES[score]}: {shown}")
     draw(ranking, accuracies, HERE / "scores.png")
 
 
