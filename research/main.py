@@ -11,6 +11,8 @@ Modes:
              started at once, on one machine or on several with one cache, share the work; needs no --workdir
   sweep      the points of get_sweep() in --config, each in a process of its own: what is left of them, as a run would
              resume; --workdir holds a folder for each, and sweep.json
+  choose     which of --candidates suits the task of --config, a fine-tuning: each is scored by what its features say of
+             training examples, beside the cost of fine-tuning it; choose.json and choose.png go to --workdir
   plan       what --config needs on --topology: memory, operations, hours; reads no data, and needs no --workdir
 
 Flags:
@@ -28,14 +30,18 @@ Flags:
                   images: a .png file for a grid, a folder for a file each, or an .npz file for the numbers
                   export: the folder to write; by default export in the run's folder
                   plan: a file for the result as JSON
+  --candidates    choose: separated by commas: models as config.init.path takes them (a folder, hf://, pypi://), which
+                  take the place of the config's; folders of runs; configs/NAME.py:VARIANT for the same data, as they
+                  stand (overrides are --config's own)
+  --examples      choose: of the training data, that features are taken of; 2000 by default
   --profile_steps train: FIRST:END, the steps of which a trace, for xprof and Perfetto, goes to the run's folder
   --stop_at       train: a step, or a share of the run below 1, at which to evaluate, save and stop with status 75
   --parallel      sweep: points that run at once; 1 by default
   --shard         sweep: 3/16 runs the third of sixteen parts, for array jobs that share a folder
   --metric        sweep: by which points are ranked, test/accuracy or test/loss:min; config.checkpoint.best by default
   --halving       sweep: successive halving; 3 lets the best third go on, at growing shares of the run
-  --topology      plan: a TPU slice (v5e:4x4, v5p:4x4x8), compiled for with the extra "tpu"; GPUs (h100x8), by
-                  arithmetic; or cpu. By default the config's own, config.plan.topology
+  --topology      plan, choose: a TPU slice (v5e:4x4, v5p:4x4x8), compiled for with the extra "tpu"; GPUs (h100x8), by
+                  arithmetic; or cpu. By default the config's own, config.plan.topology; else, in choose, what is here
   --utilisation   plan: the share of the peak at which hours are told; 0.4 by default
   --price         plan: of a chip and hour
   --trust         modules whose code the config.json of a run's folder may call besides this package's models, tasks,
@@ -69,6 +75,7 @@ MODES = {
     "export": ("checkpoint", "output"),
     "prepare": (),
     "sweep": ("parallel", "shard", "metric", "halving"),
+    "choose": ("candidates", "examples", "topology"),
     "plan": ("topology", "output", "utilisation", "price"),
 }
 OWN = tuple(dict.fromkeys(name for names in MODES.values() for name in names))  # flags of some modes
@@ -119,6 +126,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--workdir: say which folder holds, or will hold, the run")
     if not flags.config and (flags.mode in ("train", "sweep") or not flags.workdir):
         raise UserError(f"--config: say which config file to {flags.mode}, such as --config=configs/movie_snippets.py")
+    if flags.mode == "choose" and not flags.candidates:
+        raise UserError("--candidates: say which models to choose from, separated by commas")
     return flags
 
 
@@ -141,7 +150,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) -> int:
     workdir = storage.path(flags.workdir or ".").absolute()
-    storage.check_folder("--workdir", workdir, writes=flags.mode in ("train", "sweep"))
+    storage.check_folder("--workdir", workdir, writes=flags.mode in ("train", "sweep", "choose"))
     if flags.config:
         config = overrides.load(flags.config)
         overrides.apply(config, changes)  # before JAX is imported, which takes seconds

@@ -84,8 +84,8 @@ def run(
     if name is None:
         raise UserError("--topology: say what to plan for, such as v5e:4x4, h100x8 or cpu; the config names none")
     utilisation, price = float(utilisation), None if price is None else float(price)
-    target = _target(name)
-    result = _plan(config, target)
+    target = find_target(name)
+    result = needs(config, target)
     if result["fits"] is False:
         result["remedy"] = _remedy(config, target)
     result |= _time(config, result, target, utilisation, price)
@@ -97,7 +97,7 @@ def run(
     return result
 
 
-def _target(name: str) -> Target:
+def find_target(name: str) -> Target:
     """Return the hardware of a name."""
     if found := re.fullmatch(r"(\w+)x(\d+)", name.lower()):
         kind, count = found[1], int(found[2])
@@ -126,7 +126,7 @@ def _target(name: str) -> Target:
     return Target(name, devices, chips, flops.CHIPS.get(kind))
 
 
-def _plan(config: ConfigDict, target: Target) -> dict[str, Any]:
+def needs(config: ConfigDict, target: Target) -> dict[str, Any]:
     """Return what a step of a config needs on every device, and what a step does."""
     assumed = assume(config)
     experiment = Experiment(config, assumed=assumed, devices=target.devices)
@@ -279,7 +279,7 @@ def _remedy(config: ConfigDict, target: Target) -> dict[str, Any] | None:
         if tries == MOST_TRIES:
             return None
         print("trying " + ", ".join(f"{k}={v}" for k, v in changes.items()), file=sys.stderr, flush=True)
-        result = _plan(changed, target)
+        result = needs(changed, target)
         if result["fits"]:
             return {"changes": changes, "peak_bytes": result["peak_bytes"]}
     return None

@@ -40,7 +40,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
     if jax.process_count() > 1:
         raise UserError("--mode=predict runs in one process")
     storage.check_output(output)
-    config = _without_augmentation(config)
+    config = without_augmentation(config)
     rows = _read(input, config)
     bare = [{name: value for name, value in row.items() if name != "label"} for _, row in rows]
     experiment = Experiment(config, source=examples(bare), workdir=workdir)
@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
         file.flush()
 
 
-def _without_augmentation(config: ConfigDict) -> ConfigDict:
+def without_augmentation(config: ConfigDict) -> ConfigDict:
     """Return the config, as plain values; where its training data draw at random, with the ops of an evaluator's."""
     config = ConfigDict(json.loads(config.to_json()))
     every = [config.data, *(node.data for node in (config.get("evals") or {}).values() if node and "data" in node)]

@@ -145,11 +145,11 @@ def test_a_run_of_texts_takes_no_folder(tmp_path):
 
 def test_ops_that_draw_make_way_for_an_evaluators():
     config = overrides.load(f"{CONFIGS}/finetune_images.py:tiny")
-    calls = [op["call"].rpartition(".")[2] for op in predict._without_augmentation(config).data.ops]
+    calls = [op["call"].rpartition(".")[2] for op in predict.without_augmentation(config).data.ops]
     assert calls == ["Decode", "Resize", "CenterCrop", "Normalize"]
     config.evals = {}
-    assert predict._without_augmentation(config).data.ops == json.loads(config.to_json())["data"]["ops"]
-    assert predict._image_field(predict._without_augmentation(config)) == "image"
+    assert predict.without_augmentation(config).data.ops == json.loads(config.to_json())["data"]["ops"]
+    assert predict._image_field(predict.without_augmentation(config)) == "image"
     text = overrides.load(f"{CONFIGS}/movie_snippets.py:tiny")
-    assert predict._without_augmentation(text).data.ops == json.loads(text.to_json())["data"]["ops"]
+    assert predict.without_augmentation(text).data.ops == json.loads(text.to_json())["data"]["ops"]
     assert predict._image_field(text) is None
