@@ -359,6 +359,7 @@ def test_two_processes_train_together_and_one_writes(cache, tmp_path):
     assert json.loads((workdir / "run.json").read_text())["devices"]["hosts"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folders", [1, 2])
 def test_processes_that_differ_stop_before_the_first_step_and_say_in_what(cache, tmp_path, folders):
     workdirs = [tmp_path / f"run-{i % folders}" for i in range(2)]

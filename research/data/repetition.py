@@ -51,7 +51,7 @@ class _Repeated(Sequence[Mapping[str, Any]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: Any) -> Mapping[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         rng = np.random.default_rng((self.seed, index))
         period = int(rng.integers(self.shortest, self.length - self.shortest + 1))
         tokens = np.resize(rng.integers(self.vocab_size, size=period), self.length + 1).astype(np.int32)
