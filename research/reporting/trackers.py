@@ -51,7 +51,7 @@ class WandB:
 
     def __init__(self, project: str, entity: str | None = None, name: str | None = None, tags: tuple[str, ...] = ()):
         _require("wandb", "wandb")
-        self._settings = {"project": project, "entity": entity, "tags": list(tags)}
+        self._settings: dict[str, Any] = {"project": project, "entity": entity, "tags": list(tags)}
         self._name = name
 
     def start(self, workdir: pathlib.Path, config: Mapping[str, Any], known: str | None) -> str:
