@@ -33,6 +33,7 @@ class Service:
             raise OSError(f"the coordination service cannot listen on {address}; is the port in use?")
 
     def shutdown(self) -> None:
+        """End the service, once all processes have left it."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(b"done\n")

@@ -39,7 +39,7 @@ class HostsError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """This process among the others."""
+    """Where one process is among all."""
 
     coordinator: str  # host:port of JAX's coordination service, in process 0
     count: int

@@ -79,7 +79,8 @@ def test_facts_name_values_by_their_path():
     from ml_collections import ConfigDict
 
     facts = hosts.facts(ConfigDict({"optimizer": {"rate": 0.1}, "steps": 3}))
-    assert facts["config.optimizer.rate"] == "0.1" and facts["config.steps"] == "3"
+    assert facts["config.optimizer.rate"] == "0.1"
+    assert facts["config.steps"] == "3"
     assert {"code revision", "version of jax", "version of flax"} <= set(facts)
 
 
