@@ -354,3 +354,28 @@ def test_two_processes_train_together_and_one_writes(cache, tmp_path):
     assert runs[0].said("^step 60/60")
     assert not runs[1].said("^step")
     assert json.loads((workdir / "run.json").read_text())["devices"]["hosts"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_named_and_the_run_goes_on_exactly(victim, cache, tmp_path):
+    def pair(workdir: pathlib.Path) -> list[Run]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        env = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+        return [Run(workdir, cache, "--distributed", JAX_PROCESS_ID=str(i), **env) for i in range(2)]
+
+    assert [run.wait() for run in pair(tmp_path / "whole")] == [0, 0]
+    workdir = tmp_path / "run"
+    runs = pair(workdir)
+    assert runs[victim].signal_when(signal.SIGKILL, exists("checkpoints/28"))
+    other = runs[1 - victim]
+    assert other.wait() == 1
+    assert [line for line in other.lines if "is lost" in line] == other.lines[-1:], "\n".join(other.lines)
+    assert f"process {victim} on " in other.lines[-1]
+    assert not other.said("Traceback|stack trace")
+    runs = pair(workdir)
+    assert [run.wait() for run in runs] == [0, 0], "\n".join([*runs[0].lines, "--", *runs[1].lines])
+    assert int(runs[0].resumed_from) >= 14
+    assert history(workdir) == history(tmp_path / "whole")

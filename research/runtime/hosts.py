@@ -1,6 +1,6 @@
 """Several processes: they meet, compare what they are about to do, and notice when one of them is lost.
 
-Process 0 listens at the port above the coordinator's, and every other process connects to it before JAX starts. The
+Process 0 listens at a port beside the coordinator's (`Place.meeting`), and every other process connects to it before JAX starts. The
 connections stay open: who is silent for `SILENCE_SECONDS`, or whose connection ends without a farewell, is lost, and
 the others end with status 1 in one line each. Threads do this, which go on while the main thread compiles or waits for
 a collective.
@@ -30,6 +30,7 @@ JOIN_SECONDS = 300.0
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 30.0  # nothing holds Python's lock for so long
 FAREWELL_SECONDS = 10.0  # in which the others of a process that failed may end by themselves, of the same error
+SLURM_PORTS = 61440
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -49,7 +50,8 @@ class Place:
     def meeting(self) -> tuple[str, int]:
         """Return the host and port at which the processes meet."""
         host, _, port = self.coordinator.rpartition(":")
-        return host.strip("[]"), int(port) + 1
+        # Slurm's jobs take the ports from 61440 on, by their numbers: the next port is that of the next job.
+        return host.strip("[]"), int(port) + 1 if int(port) < SLURM_PORTS else int(port) - 8192
 
 
 # --- what is compared -----------------------------------------------------------------------------
