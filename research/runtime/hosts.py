@@ -1,9 +1,9 @@
 """Several processes: they meet, compare what they are about to do, and notice when one of them is lost.
 
-Process 0 listens at a port beside the coordinator's (`Place.meeting`), and every other process connects to it before JAX starts. The
-connections stay open: who is silent for `SILENCE_SECONDS`, or whose connection ends without a farewell, is lost, and
-the others end with status 1 in one line each. Threads do this, which go on while the main thread compiles or waits for
-a collective.
+Process 0 listens at a port beside the coordinator's (`Place.meeting`), and every other process connects to it before
+JAX starts. The connections stay open: who is silent for `SILENCE_SECONDS`, or whose connection ends without a farewell,
+is lost, and the others end with status 1 in one line each. Threads do this, which go on while the main thread compiles
+or waits for a collective.
 """
 
 import atexit
