@@ -47,8 +47,8 @@ Flags:
   --trust         modules whose code the config.json of a run's folder may call besides this package's models, tasks,
                   data and the like: --trust=mypackage; repeatable, or separated by commas. What --config and overrides
                   name needs no flag
-  --distributed   join the other processes of a pod or a cluster before starting; they must have the same config, code
-                  and libraries, and see one --workdir
+  --distributed   join the other processes of a pod or a cluster before starting (docs/pods.md)
+  --join_timeout  with --distributed: seconds to wait for the others; 300 by default
 
 Exit status: 0 done; 2 your mistake, said in one line; 75 preempted after saving, run the same again; 1 anything else.
 """
@@ -65,7 +65,7 @@ from typing import NoReturn
 from research import storage
 from research.configuration import overrides, trust
 from research.errors import UserError, nearest
-from research.runtime import allocator, memory
+from research.runtime import allocator, hosts, memory
 
 MODES = {
     "train": ("profile_steps", "stop_at"),
@@ -95,10 +95,10 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     try:
-        return _run(argv)
+        return hosts.leave(_run(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return hosts.leave(2)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -107,12 +107,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}")
     parser.add_argument("--trust", action="append", default=[])
     parser.add_argument("--distributed", action="store_true")
+    parser.add_argument("--join_timeout")
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0]
         if not name.startswith("--"):
             raise UserError(f"'{name}' is no flag; flags begin with -- and hold no spaces around =")
-        known = [f"--{flag}" for flag in (*FLAGS, "trust", "distributed")]
+        known = [f"--{flag}" for flag in (*FLAGS, "trust", "distributed", "join_timeout")]
         raise UserError(f"{name}: there is no such flag{nearest(name, known)}")
     flags.mode = flags.mode or "train"
     if flags.mode not in MODES:
@@ -120,8 +121,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in OWN:
         if getattr(flags, name) is not None and name not in MODES[flags.mode]:
             raise UserError(f"--{name}: --mode={flags.mode} takes no such flag")
-    for name in ("utilisation", "price"):
+    for name in ("utilisation", "price", "join_timeout"):
         _check_number(name, getattr(flags, name))
+    if flags.join_timeout and not flags.distributed:
+        raise UserError("--join_timeout: it says how long --distributed waits; add --distributed")
     if not flags.workdir and flags.mode not in ("plan", "prepare"):
         raise UserError("--workdir: say which folder holds, or will hold, the run")
     if not flags.config and (flags.mode in ("train", "sweep") or not flags.workdir):
@@ -163,23 +166,28 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
     from research.checkpoint import SaveError, UnreadableCheckpointError, quieten
     from research.reporting.meter import NonFiniteError
     from research.reporting.record import load_config
-    from research.runtime import agreement
     from research.runtime.preemption import PreemptedError
     from research.sweep import PointsFailedError
 
-    _start_jax(flags.distributed)
+    _start_jax()
+    if flags.distributed:
+        shared = workdir if flags.workdir and flags.mode == "train" else None
+        try:
+            hosts.join(config if flags.config else None, shared, float(flags.join_timeout or hosts.JOIN_SECONDS))
+        except (hosts.HostsError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     quieten()
     if not flags.config:
         config = load_config(workdir)
         overrides.apply(config, changes)
-    if flags.distributed:
-        agreement.check(config, workdir if flags.mode == "train" else None)
     run = importlib.import_module(f"research.{flags.mode}").run
     given = {name: getattr(flags, name) for name in MODES[flags.mode]}
     if flags.mode == "sweep":
         given |= {"file": flags.config, "changes": changes}
     try:
-        run(config, workdir, **{name: value for name, value in given.items() if value is not None})
+        with hosts.settling():
+            run(config, workdir, **{name: value for name, value in given.items() if value is not None})
     except PreemptedError as error:
         print(f"preempted: {error}", file=sys.stderr)
         return 75
@@ -198,19 +206,13 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
     return 0
 
 
-def _start_jax(distributed: bool) -> None:
-    """Keep compiled programs on disk between runs, and join the other processes."""
+def _start_jax() -> None:
+    """Keep compiled programs on disk between runs."""
     import jax
 
     cache = storage.path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/research/compiled")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if distributed:
-        # Cloud TPU and Slurm say who takes part; elsewhere these variables and JAX_COORDINATOR_ADDRESS do.
-        count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None, process_id=int(index) if index else None
-        )
 
 
 if __name__ == "__main__":
