@@ -335,6 +335,8 @@ def _draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         panel.errorbar(values, np.arange(len(rows)), xerr=errors, fmt="o", color=colour, capsize=3, markersize=4)
         panel.set_title(transferability.TITLES[name], fontsize=9)
         panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=4)
+        panel.margins(x=0.1, y=0.1 + 0.5 / len(rows))
         panel.grid(alpha=0.3)
     first = np.atleast_1d(panels)[0]
     first.set_yticks(np.arange(len(rows)), [_short(row["name"]) for row in rows])
