@@ -7,7 +7,7 @@ The variant is the compute of a run, C = 6 N D for N parameters and D tokens: `:
 
 Method: Hoffmann 2022, "Training compute-optimal large language models", section 3.2, with a cosine schedule as long as
 each run. N counts all parameters. Data: Jane Austen, byte by byte (configs/jane_austen_gpt.py), rows of 128, batches of
-8; the smallest model of the largest compute sees them once and a half. Model: 3 layers, 16 to 96 wide.
+8; the smallest model of the largest compute sees them once and a half. Model: 3 layers, 8 to 96 wide.
 Expected: see experiments/scaling_law.
 Hardware: 2 CPU cores, 20 seconds to 2 minutes a run. `:tiny` needs neither network nor files and takes seconds.
 """

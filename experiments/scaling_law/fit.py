@@ -75,7 +75,7 @@ def trained(folder: pathlib.Path) -> Points:
 
 
 def fit_trained(points: Points) -> dict[str, float]:
-    """Return the exponents of the best size over compute, by parabolas and by the parametric law."""
+    """Return the exponents of the best size over compute, by parabolas near the best runs and by the parametric law."""
     best = {compute: scaling_laws.best_size(*np.array(found)[:, [0, 2]].T) for compute, found in points.items()}
     slope = np.polyfit(np.log([*best]), np.log([*best.values()]), 1)[0]
     law = scaling_laws.fit(*np.array([point for found in points.values() for point in found]).T)
@@ -93,12 +93,8 @@ def draw(points: Points, path: pathlib.Path) -> None:
     figure, axes = pyplot.subplots(figsize=(5.2, 3.6), layout="constrained")
     for colour, (compute, found) in zip(COLOURS, points.items()):
         sizes, _, losses = np.array(found).T
-        axes.plot(sizes, losses, "o", color=colour, label=f"{compute:.0e} operations")
-        curve = np.polyfit(np.log(sizes), losses, 2)
-        dense = np.geomspace(sizes[0], sizes[-1], 100)
-        axes.plot(dense, np.polyval(curve, np.log(dense)), color=colour, linewidth=1)
-        best = scaling_laws.best_size(sizes, losses)
-        axes.plot(best, np.polyval(curve, np.log(best)), "*", color=colour, markersize=13)
+        axes.plot(sizes, losses, "o-", color=colour, linewidth=1, label=f"{compute:.0e} operations")
+        axes.axvline(scaling_laws.best_size(sizes, losses), color=colour, linestyle=":")
     axes.set(xscale="log", xlabel="parameters", ylabel="validation loss, nats a byte")
     axes.grid(alpha=0.3)
     axes.legend()

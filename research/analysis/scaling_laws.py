@@ -104,16 +104,21 @@ def _objective(x: np.ndarray, size: np.ndarray, data: np.ndarray, loss: np.ndarr
 
 
 def best_size(parameters: np.ndarray, losses: np.ndarray) -> float:
-    """Return the size of the least loss among runs of one compute, by a parabola in log N (Hoffmann 2022, section 3.2).
+    """Return the size of the least loss among runs of one compute (Hoffmann 2022, section 3.2).
+
+    It is the minimum of the parabola in log N through the best run and those of the next smaller and larger size.
 
     Args:
-      parameters: [runs], at least three different.
+      parameters: [runs], all different.
       losses: [runs].
 
     Raises:
-      UserError: the parabola has no minimum.
+      UserError: the best run is the smallest or the largest.
     """
-    quadratic, linear, _ = np.polyfit(np.log(parameters), losses, 2)
-    if quadratic <= 0:
+    order = np.argsort(parameters)
+    best = int(np.argmin(losses[order]))
+    if not 0 < best < len(order) - 1:
         raise UserError("the losses of one compute have no minimum over the sizes; add smaller or larger models")
+    near = order[best - 1 : best + 2]
+    quadratic, linear, _ = np.polyfit(np.log(parameters[near]), losses[near], 2)
     return float(np.exp(-linear / (2 * quadratic)))

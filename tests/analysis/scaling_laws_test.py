@@ -44,7 +44,9 @@ def test_the_best_size_of_a_compute_is_the_minimum_of_a_parabola():
     losses = 2 + 0.1 * (np.log(sizes) - np.log(3e5)) ** 2
     assert scaling_laws.best_size(sizes, losses) == pytest.approx(3e5)
     with pytest.raises(UserError, match="no minimum"):
-        scaling_laws.best_size(sizes, -losses)
+        scaling_laws.best_size(sizes[:2], losses[:2])
+    far = np.append(sizes, 1e9)  # what is far away does not matter
+    assert scaling_laws.best_size(far[::-1], np.append(losses, 9.0)[::-1]) == pytest.approx(3e5)
 
 
 def test_what_cannot_be_fitted_is_refused():
