@@ -36,6 +36,10 @@ SLOW = {
         *("test_tiny_learns[grokking", "test_tiny_learns[libreoffice_translation.py-tiny"),
         *("test_tiny_learns[conll2003", "test_tiny_learns[dit_fashion_mnist", "test_tiny_learns[bert_pretraining"),
         *("test_tiny_learns[detr_garments", "test_tiny_learns[t5", "test_tiny_learns[vit_fashion_mnist"),
+        *("test_tiny_learns[calibration", "test_tiny_learns[clip_fashion_mnist", "test_tiny_learns[induction_heads"),
+        *("test_tiny_learns[isoflop", "test_tiny_learns[mup", "test_tiny_learns[quantization"),
+        *(f"test_builds_and_its_step_has_shapes[isoflop.py-{compute}" for compute in ("1e11", "1e12")),
+        *(f"test_builds_and_its_step_has_shapes[quantization_smollm2.py-{name}" for name in ("int", "fp4", "float32")),
         "test_builds_and_its_step_has_shapes[bert_pretraining.py-jane_austen",
         *(f"test_builds_and_its_step_has_shapes[snippet_preferences.py-{name}" for name in ("before", "orpo", "tiny")),
         # Sizes of a recipe, of which the default suite builds the smallest or the default, and the largest.
@@ -64,6 +68,7 @@ SLOW = {
         *("test_questions[v2", "test_texts_that_are_written[chat", "test_an_answer_ends_where_its_turn_does"),
         "test_causal_language_models_say_how_likely",
     ],
+    "mup": ["test_updates_are_as_large"],
     "optimizer": ["test_layer_decay_reaches_what_an_image"],
     "tasks/reconstruction": [
         *("test_the_loss_falls_on_drawn_shapes", "test_a_pretrained_encoder_is_what"),

@@ -38,7 +38,7 @@ FLAGS = {
     "no task": ([f"--config={ROOT}/configs/glue.py"], "no variant ''; there are: cola"),
     "no mode": ([TINY, "--mode=evalute"], "--mode: there is no 'evalute'; did you mean 'evaluate'"),
     "no such file": (["--config=configs/no_such.py"], "no file configs/no_such.py; there are: configs/bert"),
-    "a flag far from any": ([TINY, "--foo=1"], "--foo: there is no such flag; there are: --checkpoint, --config"),
+    "a flag far from any": ([TINY, "--foo=1"], "--foo: there is no such flag; there are: --candidates, --checkpoint"),
     "no flag": ([TINY, "--workdri=x"], "--workdri: there is no such flag; did you mean '--workdir'"),
     "no value": ([TINY, "--mode"], "--mode: expected one argument"),
     "a bare word": ([TINY, "train"], "'train' is no flag"),

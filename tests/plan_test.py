@@ -58,7 +58,7 @@ def test_the_step_is_compiled_for_the_devices_that_are_here(planned):
 
 def test_cheaper_configs_shard_recompute_and_split(monkeypatch):
     config = overrides.load("configs/gpt2.py")
-    target = plan._target("h100x8")
+    target = plan.find_target("h100x8")
     changes = [changes for changes, _ in plan._cheaper(config, target)]
     assert changes[0] == {"config.mesh": "dict(data=1, fsdp=-1)"}
     assert [list(change)[-1] for change in changes[1:4]] == ["remat"] * 3
