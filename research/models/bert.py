@@ -280,5 +280,9 @@ class MaskedLM(nn.Module):
         """Map hidden states [..., D] to logits float32 [..., V]."""
         hidden = self.head_norm(layers.activation(self.head_activation)(self.head_dense(hidden)))
         if self.tie_embeddings:
-            return self.encoder.embeddings.word.attend(hidden) + self.head_bias
+            return self.words().attend(hidden) + self.head_bias
         return self.head_output(hidden).astype(jnp.float32) + self.head_bias
+
+    def words(self) -> layers.Embedding:
+        """Return the word table."""
+        return self.encoder.embeddings.word

@@ -1,40 +1,22 @@
 """ModernBERT (Warner 2024): an encoder whose layers attend to all tokens and to near ones by turns."""
 
+import dataclasses
 import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.errors import UserError, nearest
-from research.models import layers
+from research.models import bert, layers
 from research.models.attention import Attention
 from research.models.blocks import Block, stack
 from research.models.positions import positions, rotary_angles
 from research.models.structure import Structure
 
 POOLINGS = ("cls", "mean")
-
-
-class AlternatingBlock(Block):
-    """A block that attends to all tokens or to near ones, as it is told."""
-
-    def __call__(self, x_BxTxD: jax.Array, **context: Any) -> jax.Array:
-        """Map [B, T, D] to [B, T, D].
-
-        Args:
-          x_BxTxD: hidden states.
-          **context: "structure", see `Attention`; "local", bool, whether to attend to near tokens only; "near_TxT",
-            bool, which tokens are near each other; "angles", sine and cosine of the rotary positions of a layer that
-            attends to all, and those of a local one.
-        """
-        local = context["local"]
-        # A bias hides what is far, as whether to do so is not known when the scan over the layers is compiled.
-        bias_TxT = jnp.where(local & ~context["near_TxT"], jnp.finfo(jnp.float32).min, 0.0)
-        sine, cosine = (jnp.where(local, own, every) for every, own in zip(*context["angles"]))
-        structure = context["structure"]
-        return super().__call__(x_BxTxD, structure=structure, bias=bias_TxT[None, None], rotary=(sine, cosine))
 
 
 class Encoder(nn.Module):
@@ -100,7 +82,7 @@ class Encoder(nn.Module):
         norm = functools.partial(layers.LayerNorm, self.layer_norm_epsilon, dtype, self.norm_bias)
         shared: dict[str, Any] = {"dtype": dtype, "kernel_init": init, "out_init": out_init}
         block = functools.partial(
-            AlternatingBlock,
+            Block,
             attention=functools.partial(
                 Attention,
                 self.num_heads,
@@ -134,17 +116,20 @@ class Encoder(nn.Module):
             positions_BxT = positions(attention_mask_BxT, input_ids_BxT.shape)
         thetas = self.global_theta, self.local_theta
         every, own = (rotary_angles(positions_BxT, width, theta) for theta in thetas)
-        places = jnp.arange(length)
-        context = {
-            "structure": structure,
-            "angles": (every, own),
-            "near_TxT": jnp.abs(places[:, None] - places) <= self.local_window // 2,
-        }
         x_BxTxD = self.drop(self.norm_in(self.word(input_ids_BxT)))
-        x_BxTxD = self.first(x_BxTxD, local=jnp.array(False), **context)
+        x_BxTxD = self.first(x_BxTxD, structure=structure, rotary=every)
         if (rest := self.num_layers - 1) > 0:
-            each = {"local": jnp.arange(1, self.num_layers) % self.global_every != 0}
-            x_BxTxD = stack(self.layers, rest, x_BxTxD, unroll=self.unroll, remat=self.remat, each=each, **context)
+            x_BxTxD = stack(
+                self.layers,
+                rest,
+                x_BxTxD,
+                unroll=self.unroll,
+                remat=self.remat,
+                each={"local": np.arange(1, self.num_layers) % self.global_every != 0},
+                structure=dataclasses.replace(structure, window=self.local_window // 2 + 1),
+                rotary=every,
+                local_rotary=own,
+            )
         return self.norm_out(x_BxTxD)
 
 
@@ -153,18 +138,10 @@ def _but_before_attention(norm: Any, name: str) -> Any:
     return (lambda x: x) if name == "attention_norm" else norm(name=name)
 
 
-class MaskedLM(nn.Module):
-    """An encoder that predicts tokens: a dense layer, its activation, a norm, then the word table and a bias.
-
-    Attributes:
-      encoder: the encoder.
-      head_activation: of the head's dense layer.
-      tie_embeddings: whether the output layer's weights are the word table; else it has its own.
-    """
+class MaskedLM(bert.MaskedLM):
+    """An encoder that predicts tokens, as BERT's does: a dense layer, its activation, a norm, and the word table."""
 
     encoder: Encoder
-    head_activation: str = "gelu"
-    tie_embeddings: bool = True
 
     def setup(self):
         """Make the head."""
@@ -175,16 +152,6 @@ class MaskedLM(nn.Module):
         self.head_bias = self.param("head_bias", nn.initializers.zeros, (encoder.vocab_size,), jnp.float32)
         if not self.tie_embeddings:
             self.head_output = layers.Dense(encoder.vocab_size, False, kernel_init=init)
-
-    def __call__(
-        self,
-        input_ids_BxT: jax.Array,
-        attention_mask_BxT: jax.Array | None = None,
-        token_type_ids_BxT: jax.Array | None = None,
-        positions_BxT: jax.Array | None = None,
-    ) -> jax.Array:
-        """Map token ids int32 [B, T] to logits float32 [B, T, V]."""
-        return self.logits(self.hidden(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, positions_BxT))
 
     def hidden(
         self,
@@ -197,11 +164,9 @@ class MaskedLM(nn.Module):
         del token_type_ids_BxT
         return self.encoder(input_ids_BxT, attention_mask_BxT, positions_BxT)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Map hidden states [..., D] to logits float32 [..., V]."""
-        hidden = self.head_norm(layers.activation(self.head_activation)(self.head_dense(hidden)))
-        scores = self.encoder.word.attend(hidden) if self.tie_embeddings else self.head_output(hidden)
-        return scores.astype(jnp.float32) + self.head_bias
+    def words(self) -> layers.Embedding:
+        """Return the word table."""
+        return self.encoder.word
 
 
 class SequenceClassifier(nn.Module):

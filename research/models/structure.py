@@ -18,7 +18,8 @@ class Structure:
         tokens stand side by side. None: one document and no padding.
       start: where the first query stands among the keys, int32; None where queries and keys begin together.
       causal: whether queries attend to no later key.
-      window: queries attend to the last `window` keys only, their own included; None for all.
+      window: queries attend to the last `window` keys only, their own included, and where they are not causal to as
+        many from their own on; None for all.
       local: whether the window holds, bool []; None where it does. Blocks that share a program differ in this.
       packed: whether rows may hold several documents, or padding that comes first. Where they may not, kernels that
         know nothing but a row's length serve, and make rows that do NaN.
@@ -44,6 +45,7 @@ class Structure:
             mask = (keys_1xS <= queries_Tx1)[None, None]
         if self.window is not None:
             near = (keys_1xS > queries_Tx1 - self.window)[None, None]
+            near = near if self.causal else near & (keys_1xS < queries_Tx1 + self.window)[None, None]
             near = near if self.local is None else near | ~jnp.asarray(self.local)
             mask = near if mask is None else mask & near
         if self.keys_BxS is not None and self.queries_BxT is not None:
