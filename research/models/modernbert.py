@@ -141,7 +141,7 @@ def _but_before_attention(norm: Any, name: str) -> Any:
 class MaskedLM(bert.MaskedLM):
     """An encoder that predicts tokens, as BERT's does: a dense layer, its activation, a norm, and the word table."""
 
-    encoder: Encoder
+    encoder: Encoder  # type: ignore[assignment]
 
     def setup(self):
         """Make the head."""
