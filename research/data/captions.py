@@ -9,6 +9,7 @@ import numpy as np
 from research import assets, storage
 from research.data import files
 from research.data.source import Source
+from research.data.text import text_of
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError, nearest
 
@@ -77,7 +78,12 @@ def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
     """Return the `FEATURES` of texts, int32 [N, max_length], with special tokens, cut off or padded."""
-    found = tokenizer.truncated(max_length).backend.encode_batch(list(texts))
+    return _padded(tokenizer.truncated(max_length), texts, max_length)
+
+
+def _padded(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
+    """Return the same by a tokenizer that cuts off, of which a copy takes long to make."""
+    found = tokenizer.backend.encode_batch(list(texts))
     ids = np.full((len(texts), max_length), tokenizer.pad_id, np.int32)
     mask = np.zeros((len(texts), max_length), np.int32)
     for row, encoding in enumerate(found):
@@ -116,11 +122,9 @@ class PaddedTokens:
 
     def __init__(self, tokenizer: Tokenizer, field: str = "text", max_length: int = 77):
         """Read the text in `field`, up to `max_length` tokens."""
-        self._tokenizer, self._field, self._length = tokenizer, field, max_length
+        self._tokenizer, self._field, self._length = tokenizer.truncated(max_length), field, max_length
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         """Return the example with the two features, int32 [max_length]."""
-        if not isinstance(example.get(self._field), str):
-            raise UserError(f"field: an example has no text '{self._field}'{nearest(self._field, example)}")
-        arrays = encode(self._tokenizer, [example[self._field]], self._length)
+        arrays = _padded(self._tokenizer, [text_of(example, self._field)], self._length)
         return example | {name: array[0] for name, array in arrays.items()}
