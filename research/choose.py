@@ -24,7 +24,7 @@ from research.analysis.transferability import Score
 from research.configuration import overrides
 from research.data import keys
 from research.errors import UserError
-from research.experiment import Experiment
+from research.experiment import Experiment, task_section
 from research.predict import without_augmentation
 from research.reporting.figures import COLOURS, DOTS_PER_INCH
 from research.reporting.record import load_config, write_json
@@ -135,17 +135,12 @@ def _config(name: str, config: ConfigDict) -> ConfigDict:
     if name.partition(":")[0].endswith(".py"):
         return overrides.load(name)
     config = ConfigDict(json.loads(config.to_json()))
-    node = config.task
-    while isinstance(node.get("task"), ConfigDict):  # what adapts a task stands around it
-        node = node.task
+    node = task_section(config)
     text = "input_ids" in config.data.features
     kept = {key: node.model[key] for key in ("num_outputs",) if key in node.model}
     if (folder := _run_folder(name)) is not None:
         theirs = load_config(folder)
-        inner = theirs.task
-        while isinstance(inner.get("task"), ConfigDict):
-            inner = inner.task
-        node.model = _classifier(inner.model, text) | kept
+        node.model = _classifier(task_section(theirs).model, text) | kept
         config.init = {"call": "research.configuration.transfer.load_params", "path": name, "new": ["^head"]}
         config.tokenizer = theirs.get("tokenizer")
         return config

@@ -138,14 +138,6 @@ class Experiment:
         where = "come from another run" if pattern in self._borrowed else "stay as they are when training begins"
         return f"the parameters '{pattern}' of {type(self.task).__name__} {where}"
 
-    @property
-    def _task_node(self) -> ConfigDict:
-        """The section of the task itself, inside of those that adapt it."""
-        node = self.config.task
-        while isinstance(node.get("task"), ConfigDict):
-            node = node.task
-        return node
-
     @functools.cached_property
     def mesh(self) -> Mesh:
         """All devices."""
@@ -221,7 +213,7 @@ class Experiment:
     @functools.cached_property
     def label_names(self) -> tuple[str, ...]:
         """The names of the classes: the config's, or the training data's; () where there are none."""
-        return tuple(self._task_node.get("label_names") or self.derived["label_names"])
+        return tuple(task_section(self.config).get("label_names") or self.derived["label_names"])
 
     @functools.cached_property
     def task(self) -> Task:
@@ -238,7 +230,7 @@ class Experiment:
             context["vocab_size"] = self._assumed["vocab_size"]
         if self.label_names:
             context["num_outputs"] = len(self.label_names)
-        elif self._task_node.get("objective") == "regression":
+        elif task_section(self.config).get("objective") == "regression":
             context["num_outputs"] = 1
         return build(self.config.task, "config.task", **context)
 
@@ -354,6 +346,14 @@ class Experiment:
         target = locate(section.get("call") or SECTIONS[key], f"config.{key}")
         arguments = build({k: section[k] for k in section if k != "call"}, f"config.{key}", **context)
         return invoke(target, arguments, f"config.{key}", **context)
+
+
+def task_section(config: ConfigDict) -> ConfigDict:
+    """Return the section of the task itself, inside of those that adapt it."""
+    node = config.task
+    while isinstance(node.get("task"), ConfigDict):
+        node = node.task
+    return node
 
 
 def own(params: Params, fixed: Sequence[str]) -> Params:

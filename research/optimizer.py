@@ -130,8 +130,9 @@ def make_optimizer(
         transformation = optax.contrib.schedule_free(transformation, rate, schedule_free)
 
     def init(params: Params) -> optax.OptState:
-        _check_patterns("freeze", freeze, params)
-        _check_patterns("learning_rate_multipliers", [pattern for pattern, _ in learning_rate_multipliers], params)
+        check_patterns("config.optimizer.freeze", freeze, params)
+        multiplied = [pattern for pattern, _ in learning_rate_multipliers]
+        check_patterns("config.optimizer.learning_rate_multipliers", multiplied, params)
         return transformation.init(params)
 
     return Optimizer(init, transformation.update, rate, trainable, microbatches)
@@ -271,11 +272,12 @@ def _scale(factors: Callable[[Params], Params], tree: Params) -> Params:
     return jax.tree.map(scale, factors(tree), tree)
 
 
-def _check_patterns(key: str, patterns: Sequence[str], params: Params) -> None:
+def check_patterns(key: str, patterns: Sequence[str], params: Params, kind: str = "parameter") -> None:
+    """Raise UserError, which names the key, unless each pattern finds a path; a `kind` is what it was to find."""
     names = jax.tree.leaves(paths(params))
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
-            raise UserError(f"config.optimizer.{key}: '{pattern}' finds no parameter{nearest(pattern, names)}")
+            raise UserError(f"{key}: '{pattern}' finds no {kind}{nearest(pattern, names)}")
 
 
 def _check(**values: float | None) -> None:

@@ -244,9 +244,8 @@ class _Runner:
         with (self._workdir / "logs" / f"{name}.txt").open("a", encoding="utf-8") as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=place.environment)
-            with contextlib.suppress(
-                ProcessLookupError, AttributeError
-            ):  # it is gone, or the platform has no such call
+            # It may be gone, and not every platform has this call.
+            with contextlib.suppress(ProcessLookupError, AttributeError):
                 os.sched_setaffinity(process.pid, place.cores)
             with self._lock:
                 self._running[name] = process

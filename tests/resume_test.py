@@ -334,19 +334,21 @@ def assert_close(found: list[dict], wanted: list[dict]) -> None:
         np.testing.assert_allclose(list(row.values()), list(expected.values()), rtol=2e-4, atol=1e-6)
 
 
-def test_two_processes_train_together_and_one_writes(cache, tmp_path):
-    def pair() -> list[Run]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        env = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-        return [Run(workdir, cache, "--distributed", JAX_PROCESS_ID=str(i), **env) for i in range(2)]
+def pair(workdir: pathlib.Path, cache: pathlib.Path) -> list[Run]:
+    """Starts two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    return [Run(workdir, cache, "--distributed", JAX_PROCESS_ID=str(i), **env) for i in range(2)]
 
+
+def test_two_processes_train_together_and_one_writes(cache, tmp_path):
     workdir = tmp_path / "run"
-    runs = pair()
+    runs = pair(workdir, cache)
     assert runs[0].signal_when(signal.SIGTERM, KILL_POINTS["between log lines"])  # one of them; both stop
     assert [run.wait() for run in runs] == [75, 75], "\n".join([*runs[0].lines, "--", *runs[1].lines])
-    runs = pair()
+    runs = pair(workdir, cache)
     assert [run.wait() for run in runs] == [0, 0], "\n".join([*runs[0].lines, "--", *runs[1].lines])
     assert int(runs[0].resumed_from) >= 10
     assert result(workdir)["step"] == STEPS
@@ -359,23 +361,16 @@ def test_two_processes_train_together_and_one_writes(cache, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_is_named_and_the_run_goes_on_exactly(victim, cache, tmp_path):
-    def pair(workdir: pathlib.Path) -> list[Run]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        env = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-        return [Run(workdir, cache, "--distributed", JAX_PROCESS_ID=str(i), **env) for i in range(2)]
-
-    assert [run.wait() for run in pair(tmp_path / "whole")] == [0, 0]
+    assert [run.wait() for run in pair(tmp_path / "whole", cache)] == [0, 0]
     workdir = tmp_path / "run"
-    runs = pair(workdir)
+    runs = pair(workdir, cache)
     assert runs[victim].signal_when(signal.SIGKILL, exists("checkpoints/28"))
     other = runs[1 - victim]
     assert other.wait() == 1
     assert [line for line in other.lines if "is lost" in line] == other.lines[-1:], "\n".join(other.lines)
     assert f"process {victim} on " in other.lines[-1]
     assert not other.said("Traceback|stack trace")
-    runs = pair(workdir)
+    runs = pair(workdir, cache)
     assert [run.wait() for run in runs] == [0, 0], "\n".join([*runs[0].lines, "--", *runs[1].lines])
     assert int(runs[0].resumed_from) >= 14
     assert history(workdir) == history(tmp_path / "whole")

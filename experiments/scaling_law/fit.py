@@ -10,6 +10,7 @@ The folder holds finished runs of configs/isoflop.py, COMPUTE/RUN; where it is l
 import argparse
 import datetime
 import pathlib
+import runpy
 import statistics
 from importlib.metadata import version
 
@@ -29,7 +30,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 LAWS = {"refit": BESIROGLU, "first": HOFFMANN}
 SEEDS, RUNS, NOISE = 3, 240, 0.003
 GOPHER = 5.76e23  # operations that Chinchilla was trained with
-LOSS, TOKENS_PER_STEP = "validation/loss", 1024
+CONFIG = HERE.parents[1] / "configs" / "isoflop.py"
+LOSS = "validation/loss"
 
 Points = dict[float, list[tuple[int, float, float]]]  # compute -> (parameters, tokens, loss)
 
@@ -63,11 +65,11 @@ def record(arm: str, name: str, config: dict, result: dict, rows: list, start: d
 def trained(folder: pathlib.Path) -> Points:
     """Return the runs of small models by their compute."""
     points: Points = {}
+    count = runpy.run_path(str(CONFIG))["parameters"]
     for path in sorted(folder.glob("*/*/")):
         run = runs.load(path)
-        width = run.config["task.model.hidden_size"]
-        size = 388 * width + 3 * (12 * width**2 + 13 * width) + 2 * width  # as configs/isoflop.py counts
-        tokens = run.number("step") * TOKENS_PER_STEP
+        size = count(run.config["task.model.hidden_size"])
+        tokens = run.number("step") * run.config["batch_size"] * run.config["data.pack"]
         points.setdefault(float(path.parent.name), []).append((size, tokens, run.number(LOSS)))
     if not points:
         raise UserError(f"{folder} holds no runs")

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import numpy as np
 import scipy.stats
 
 from research.errors import UserError, nearest
-from research.optimizer import path_values
+from research.optimizer import check_patterns, path_values
 from research.pretrained import huggingface
 from research.pretrained.huggingface import Report
 
@@ -45,12 +44,8 @@ def load_params(
         raise UserError(f"config.init.format: there is no '{format}'{nearest(format, FORMATS)}")
     if block_size < 1:
         raise UserError(f"config.init.block_size: {block_size} is less than 1")
-    names = flax.traverse_util.flatten_dict(params_shape, sep="/")
+    check_patterns("config.init.targets", targets, params_shape, "kernel")
     loaded, report = huggingface.load_params(path, model, params_shape)
-    for pattern in targets:
-        chosen = jax.tree.leaves(path_values(params_shape, ((pattern, 0.0),)))
-        if all(np.all(value) for value in chosen):
-            raise UserError(f"config.init.targets: '{pattern}' finds no kernel{nearest(pattern, names)}")
 
     def rounded(value: float | np.ndarray, leaf: Any) -> Any:
         if np.all(value) or not isinstance(leaf, np.ndarray):
