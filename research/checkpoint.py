@@ -88,16 +88,8 @@ class Checkpoints:
         self._directory = directory
         self._kept = _Kept(keep, keep_every)
         self._staged = Staged(directory) if storage.scheme(directory) not in ("file", "gs") else None
-        self._manager = ocp.CheckpointManager(
-            epath.Path(str(self._staged.local if self._staged else directory.absolute())),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._kept,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                create=not read_only,
-            ),
-            item_names=("state", "extras"),
-        )
+        self._read_only = read_only
+        self._manager = self._open()
 
     def save(
         self, step: int, state: TrainState, extras: Mapping[str, Any], best: int | None = None, replace: bool = False
@@ -175,7 +167,7 @@ class Checkpoints:
             _check_arrays(f"{self._directory / str(step)}", wanted, stored)
             if self._staged:
                 self._staged.fetch(step)
-                self._manager.reload()
+                self._reopen()
             state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
                 "state"
             ]
@@ -245,6 +237,25 @@ class Checkpoints:
             if self._staged:
                 self._staged.close()
 
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            epath.Path(str(self._staged.local if self._staged else self._directory.absolute())),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._kept,
+                cleanup_tmp_directories=not self._read_only,
+                read_only=self._read_only,
+                create=not self._read_only,
+                # Opening reads no file of a checkpoint, since damaged ones make it raise; `read` says which are.
+                lightweight_initialize=True,
+            ),
+            item_names=("state", "extras"),
+        )
+
+    def _reopen(self) -> None:
+        """Look at the folder again; Orbax's `reload` would read a file of each checkpoint."""
+        self._manager.close()
+        self._manager = self._open()
+
     def _check_reached(self, step: int, error: Exception) -> None:
         """Raise OSError where a bucket did not answer, which says nothing of the checkpoint."""
         if storage.is_remote(self._directory) and storage.is_outage(error):
@@ -268,7 +279,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             storage.rename(self._directory / str(step), path)
         multihost_utils.sync_global_devices(path.name)
-        self._manager.reload()
+        self._reopen()
 
     def _unused_name(self, step: int) -> pathlib.Path:
         names = (self._directory / f"unreadable-{step}-{i}" for i in range(1000))

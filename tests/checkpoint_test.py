@@ -213,6 +213,23 @@ def test_a_flipped_byte_is_found_or_harmless(saved, tmp_path):
     assert fallen >= 10
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"commit_timestamp_nsecs": 1e999}', '{"metrics": 3}', '{"init_timestamp_nsecs": "now"}']
+)
+def test_damage_to_what_is_not_needed_does_not_keep_a_folder_from_opening(content, folder):
+    """Orbax notes times beside a checkpoint; what stands there stops neither a run nor a reader."""
+    for step in ("10", "20"):
+        (folder / step / "_CHECKPOINT_METADATA").write_text(content)
+    reader = Checkpoints(folder, read_only=True)
+    assert reader.steps() == [10, 20]
+    reader.close()
+    assert_same(restore(folder)[0], state(20))
+    (folder / "20" / "extras" / "metadata").write_text("{")
+    assert_same(restore(folder)[0], state(10))
+    save(folder, [20])
+    assert_same(restore(folder)[0], state(20))
+
+
 def test_no_readable_checkpoint_is_an_error_and_deletes_nothing(folder):
     for step in (10, 20):
         (folder / str(step) / "state" / "manifest.ocdbt").unlink()
