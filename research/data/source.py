@@ -65,8 +65,7 @@ class Source:
 
 def examples(records: Sequence[Mapping[str, Any]], label_names: Mapping[str, Sequence[str]] | None = None) -> Source:
     """Return a source of records in memory; `label_names` is {feature: class names}."""
-    names = {name: tuple(classes) for name, classes in (label_names or {}).items()}
-    return Source([dict(record) for record in records], names)
+    return Source([dict(record) for record in records], {k: tuple(names) for k, names in (label_names or {}).items()})
 
 
 def tfds(dataset: str, split: str = "train", data_dir: str | None = None) -> Source:
@@ -103,9 +102,8 @@ def table(
 ) -> Source:
     """Return a split of the user's own CSV, TSV, JSON-lines or Parquet files.
 
-    The arguments are those of `datasets.table.TableConfig`; `train`, `validation` and `test` are files, anything that
-    `assets.resolve` takes. All files are read and checked, whichever `split` is requested. The
-    features are `text`, `text_pair`, `label` and `id`, the line number.
+    The arguments are those of `datasets.table.TableConfig`; `train`, `validation` and `test` are files, as
+    `assets.resolve` takes them, all read and checked. The features: `text`, `text_pair`, `label`, `id` (the line).
 
     Raises:
       UserError: a missing column, bad rows (with file and line), or conflicting settings.
@@ -141,12 +139,12 @@ def image_folder(
 ) -> Source:
     """Return a split of the user's own images, one folder per class.
 
-    The files are copied as they are into the prepared dataset, and each is decoded once to validate it. The
-    features are `image` (the file's bytes), `label`, and `file_name`, the path below the folder.
+    The files are copied unchanged into the prepared dataset; each is decoded once to validate it. The features are
+    `image` (the file's bytes), `label`, and `file_name`, the path below the folder.
 
     Args:
-      path: holds CLASS/*.jpg, or train/CLASS/*.jpg and, optionally validation/CLASS/*.jpg and test/CLASS/*.jpg;
-        anything that `assets.resolve` takes. Images end in one of `image.SUFFIXES`, and may be nested deeper.
+      path: holds [train/]CLASS/*.jpg, optionally validation/CLASS/*.jpg and test/CLASS/*.jpg; anything that
+        `assets.resolve` takes. Images end in one of `image_files.SUFFIXES`, and may be nested deeper.
       split: "train", "validation" or "test", or a slice in TFDS notation.
       held_out: the fraction of training images held out as "validation", chosen by a hash of the content.
       labels: the class names in order; by default the sorted names of the training folders.

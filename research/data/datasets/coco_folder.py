@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from research.data import image, rows
+from research.data import image, image_files, rows
 from research.errors import UserError, nearest
 
 BROKEN = ("error", "skip")
@@ -176,7 +176,7 @@ def _identity(folder: pathlib.Path, annotations: pathlib.Path) -> list[Any]:
         raise UserError(f"annotations: '{annotations}' is no file")
     with annotations.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    stats = [(path, path.stat()) for path in image.files(folder)[0] if path.exists()]
+    stats = [(path, path.stat()) for path in image_files.find(folder)[0] if path.exists()]
     files = [[path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     return [digest, hashlib.sha256(json.dumps(files).encode()).hexdigest()]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from research.data import image, rows
+from research.data import image, image_files, rows
 from research.errors import UserError, nearest
 
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -168,9 +168,9 @@ def _by_class(place: pathlib.Path, folder: pathlib.Path) -> list[File]:
     """Return the images in the folders of classes at `place`."""
     found: list[File] = []
     for inner in _folders(place):
-        paths, _ = image.files(inner)
+        paths, _ = image_files.find(inner)
         if not paths:
-            raise UserError(f"'{inner}' holds no image, a file that ends in {', '.join(image.SUFFIXES)}")
+            raise UserError(f"'{inner}' holds no image, a file that ends in {', '.join(image_files.SUFFIXES)}")
         found += [File(path, inner.name, path.relative_to(folder).as_posix()) for path in paths]
     if not found:
         raise UserError(f"'{place}' has no folders of images; it needs one for each class")
@@ -178,7 +178,7 @@ def _by_class(place: pathlib.Path, folder: pathlib.Path) -> list[File]:
 
 
 def _folders(place: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in place.iterdir() if path.is_dir() and not image.is_hidden(path.name))
+    return sorted(path for path in place.iterdir() if path.is_dir() and not image_files.is_hidden(path.name))
 
 
 def _stat(path: pathlib.Path) -> tuple[int, int]:
@@ -192,7 +192,7 @@ def _stat(path: pathlib.Path) -> tuple[int, int]:
 def _warn_of_others(config: ImageFolderConfig) -> None:
     """Name the files that are no images of a class, by their names and places."""
     read = {file.path for some in config.files.values() for file in some}
-    others = [str(path) for some in image.files(config.folder) for path in some if path not in read]
+    others = [str(path) for some in image_files.find(config.folder) for path in some if path not in read]
     if others:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         logging.warning("not read, as they are no images of a class: %s%s", ", ".join(others[:SHOWN]), more)
