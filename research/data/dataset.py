@@ -102,8 +102,8 @@ class Dataset:
             wrong = "needs decoder_input_ids in `features`" if self.pack_decoder else "is missing, beside `pack`"
             raise UserError(f"pack_decoder: it {wrong}")
         for side, room in zip(self._sides, self._room) if self.pack_decoder else ():
-            if (longest := self._longest(side)) is not None and longest > room:
-                raise UserError(f"pack: the ops make {longest} tokens, packed rows hold {room}; pairs are never split")
+            if (made := self._longest(side)) is not None and made > room:
+                raise UserError(f"pack: the ops make {made} tokens, but packed rows hold {room}; pairs are never split")
 
     @functools.cached_property
     def padding(self) -> dict[str, float]:

@@ -524,7 +524,7 @@ def test_packed_pairs_hold_every_pair_once():
         ({"features": SIDES, "ops": (translate,)}, "pack_decoder: it is missing, beside `pack`"),
         (
             {"features": SIDES, "ops": (translate,), "pack_decoder": 64},
-            "pack: the ops make 30 tokens, packed rows hold 16",
+            "pack: the ops make 30 tokens, but packed rows hold 16",
         ),
         ({"features": SIDES, "ops": (translate,), "pack": 32, "pack_decoder": 8}, "pack: the ops make 50 tokens"),
     ],
