@@ -200,6 +200,20 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*named, *[P.UNCONSTRAINED] * (x.ndim - len(named))))
 
 
+def on_each_device(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Return what `function` makes of each device's rows: for what the compiler cannot split.
+
+    Args:
+      function: of arrays [B, ...], returns arrays [B, ...].
+      *arrays: whose first dimensions are the batch's; a batch that the mesh does not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return function(*arrays)
+    rows = P(LOGICAL["batch"]) if len(arrays[0]) % batch_ways() == 0 else P()
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raise UserError unless every device gets the same number of rows of every microbatch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches

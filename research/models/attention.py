@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from research.errors import UserError, nearest
 from research.models import kernels
 from research.models.layers import Dense, Dropout, Initializer, drop, product, soft_cap
-from research.models.positions import rotate
+from research.models.positions import by_distance, rotate
 from research.models.structure import EVERYTHING, Structure
 from research.sharding import constrain, platform
 
@@ -50,7 +50,8 @@ def attend(
       key_BxSxGxK: keys.
       value_BxSxGxK: values.
       structure: what may attend to what. What a query finds that may attend to nothing is arbitrary.
-      bias: added to the scaled and capped scores, broadcastable to [B, H, T, S].
+      bias: added to the scaled and capped scores by distance, [H, T + S - 1]: that of query i and key j stands at
+        j - i + T - 1.
       scale: what scores are multiplied by; K ** -0.5 where it is None.
       softcap: what scaled scores are kept below, by tanh (Gemma Team 2024, section 2); None leaves them.
       dropout: of the weights; None for none.
@@ -91,7 +92,8 @@ def choose(
     softcap: float | None = None,
 ) -> str:
     """Return the implementation that is best on the platform: its kernel where that serves and pays."""
-    for kernel in KERNELS.get(platform(), ()):
+    kernels_ = KERNELS.get(platform(), ())
+    for kernel in kernels_ if bias is None else reversed(kernels_):  # cuDNN needs a bias written out
         if obstacle(kernel, operands, structure, bias, dropout, softcap) is None:
             return kernel
     query, key, _ = operands
@@ -178,6 +180,7 @@ def _whole(
     softcap: float | None,
 ) -> jax.Array:
     mask = structure.mask(query.shape[1], key.shape[1])
+    bias = None if bias is None else by_distance(bias, query.shape[1])
     return xla(query, key, value, mask, bias, scale, _dropped(dropout, query.shape[1], 0), softcap)[0]
 
 
@@ -198,6 +201,7 @@ def chunked(
     # In float32 so that the blocks' gradients are added in it.
     key_32, value_32 = key.astype(jnp.float32), value.astype(jnp.float32)
     first = jnp.zeros((), jnp.int32) if structure.start is None else structure.start
+    filled = None if bias is None else jnp.pad(bias, [(0, 0), (count * block - length, 0)])
 
     def blocks(x: jax.Array, axis: int) -> jax.Array:
         widths = [(0, count * block - length if i == axis else 0) for i in range(x.ndim)]
@@ -206,16 +210,18 @@ def chunked(
 
     @jax.checkpoint
     def one(part: tuple) -> jax.Array:
-        index, queries, numbers, biases = part
+        index, queries, numbers = part
         rows = dataclasses.replace(structure, queries_BxT=numbers, start=first + index * block)
         keys, values = key_32.astype(key.dtype), value_32.astype(value.dtype)
         mask, drop_weights = rows.mask(block, size), _dropped(dropout, length, index * block)
-        return xla(queries, keys, values, mask, biases if whole is None else whole, scale, drop_weights, softcap)[0]
+        biases = None
+        if filled is not None:
+            start = (count - 1 - index) * block
+            biases = by_distance(jax.lax.dynamic_slice_in_dim(filled, start, block + size - 1, axis=1), block)
+        return xla(queries, keys, values, mask, biases, scale, drop_weights, softcap)[0]
 
     numbers = None if structure.queries_BxT is None else blocks(structure.queries_BxT, 1)
-    whole = bias if bias is None or bias.shape[2] == 1 else None
-    biases = blocks(bias, 2) if bias is not None and whole is None else None
-    outputs = jax.lax.map(one, (jnp.arange(count), blocks(query, 1), numbers, biases))
+    outputs = jax.lax.map(one, (jnp.arange(count), blocks(query, 1), numbers))
     return jnp.moveaxis(outputs, 0, 1).reshape(query.shape[0], count * block, *query.shape[2:])[:, :length]
 
 

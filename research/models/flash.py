@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from research.models.layers import random_bits
+from research.models.positions import by_distance
 
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # of scores; finite, so that the difference of two is no NaN
@@ -33,6 +35,7 @@ class Options:
       window: queries attend to the last `window` keys only; None for all.
       scale: what scores are multiplied by.
       rate: of the dropout.
+      biased: whether scores have a bias by distance.
       heads: of the whole model, on all devices.
       lengths: of queries and keys, without what fills up blocks; with `heads`, they number the weights for dropout.
       interpret: whether to run on any device, slowly.
@@ -42,6 +45,7 @@ class Options:
     window: int | None
     scale: float
     rate: float
+    biased: bool
     heads: int
     lengths: tuple[int, int]
     interpret: bool = False
@@ -54,6 +58,7 @@ def flash(
     queries_BxT: jax.Array,
     keys_BxS: jax.Array,
     seed: jax.Array,
+    bias_HxN: jax.Array | None,
     options: Options,
 ) -> jax.Array:
     """Return what queries find, [B, T, H, K]; zeros for those of no document.
@@ -66,16 +71,18 @@ def flash(
       keys_BxS: alike; 0 is attended to by nothing.
       seed: uint32 [4]: two words that decide what is dropped, and the numbers, in the whole batch and model, of the
         first row and the first head.
+      bias_HxN: float32, see `attention.attend`; None for none.
       options: see `Options`.
     """
+    bias_HxN = jnp.zeros((query.shape[2], 1)) if bias_HxN is None else bias_HxN.astype(jnp.float32)
     length = query.shape[1]
     wide = max(_block(query.shape[1], WIDE), _block(key.shape[1], WIDE))
     query, queries_BxT = (_filled(x, wide) for x in (query, queries_BxT))
     key, value, keys_BxS = (_filled(x, wide) for x in (key, value, keys_BxS))
-    return _flash(query, key, value, queries_BxT, keys_BxS, seed, options)[:, :length]
+    return _flash(query, key, value, queries_BxT, keys_BxS, seed, bias_HxN, options)[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _flash(
     query: jax.Array,
     key: jax.Array,
@@ -83,9 +90,10 @@ def _flash(
     queries_BxT: jax.Array,
     keys_BxS: jax.Array,
     seed: jax.Array,
+    bias_HxN: jax.Array,
     options: Options,
 ) -> jax.Array:
-    return _forward(query, key, value, queries_BxT, keys_BxS, seed, options)[0]
+    return _forward(query, key, value, queries_BxT, keys_BxS, seed, bias_HxN, options)[0]
 
 
 def _forward(
@@ -95,6 +103,7 @@ def _forward(
     queries_BxT: jax.Array,
     keys_BxS: jax.Array,
     seed: jax.Array,
+    bias_HxN: jax.Array,
     options: Options,
 ) -> tuple[jax.Array, Any]:
     sizes = _block(query.shape[1], WIDE), _block(key.shape[1], NARROW)
@@ -106,7 +115,7 @@ def _forward(
         grid=grid,
         in_specs=[
             *(specs["block"], specs["keys"], specs["keys"], specs["numbers"]),
-            *(_row(keys_BxS), _row(begin), _row(end), specs["seed"]),
+            *(_row(keys_BxS), _row(begin), _row(end), specs["seed"], _row_of_head(bias_HxN)),
         ],
         out_specs=[specs["block"], specs["statistic"]],
         out_shape=[
@@ -116,12 +125,12 @@ def _forward(
         compiler_params=_parameters(query),
         interpret=options.interpret,
         name="flash_forward",
-    )(query, key, value, queries_BxT, keys_BxS, begin, end, seed)
-    return out, (query, key, value, queries_BxT, keys_BxS, seed, out, log_sum)
+    )(query, key, value, queries_BxT, keys_BxS, begin, end, seed, bias_HxN)
+    return out, (query, key, value, queries_BxT, keys_BxS, seed, bias_HxN, out, log_sum)
 
 
 def _backward(options: Options, kept: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-    query, key, value, queries_BxT, keys_BxS, seed, out, log_sum = kept
+    query, key, value, queries_BxT, keys_BxS, seed, bias_HxN, out, log_sum = kept
     along = (out.astype(jnp.float32) * cotangent.astype(jnp.float32)).sum(axis=-1).swapaxes(1, 2)
     batch, length, heads, width = query.shape
     size, groups = key.shape[1], key.shape[2]
@@ -134,14 +143,15 @@ def _backward(options: Options, kept: Any, cotangent: jax.Array) -> tuple[Any, .
         grid=(length // wide, batch, heads),
         in_specs=[
             *(specs["block"], specs["keys"], specs["keys"], specs["numbers"], _row(keys_BxS)),
-            *(*map(_row, extents), specs["seed"], specs["block"], specs["statistic"], specs["statistic"]),
+            *(*map(_row, extents), specs["seed"], _row_of_head(bias_HxN)),
+            *(specs["block"], specs["statistic"], specs["statistic"]),
         ],
         out_specs=specs["block"],
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=_parameters(query),
         interpret=options.interpret,
         name="flash_by_query",
-    )(query, key, value, queries_BxT, keys_BxS, *extents, seed, cotangent, log_sum, along)
+    )(query, key, value, queries_BxT, keys_BxS, *extents, seed, bias_HxN, cotangent, log_sum, along)
 
     narrow, wide = _block(length, NARROW), _block(size, WIDE)
     specs = _specs(query, key, wide)
@@ -152,18 +162,76 @@ def _backward(options: Options, kept: Any, cotangent: jax.Array) -> tuple[Any, .
         grid=(size // wide, batch, heads),
         in_specs=[
             *(specs["queries"], specs["key_block"], specs["key_block"], _row(queries_BxT), specs["numbers"]),
-            *(*map(_row, extents), specs["seed"], specs["queries"], specs["statistics"], specs["statistics"]),
+            *(*map(_row, extents), specs["seed"], _row_of_head(bias_HxN)),
+            *(specs["queries"], specs["statistics"], specs["statistics"]),
         ],
         out_specs=[specs["block"], specs["block"]],
         out_shape=[shape, shape],
         compiler_params=_parameters(query),
         interpret=options.interpret,
         name="flash_by_key",
-    )(query, key, value, queries_BxT, keys_BxS, *extents, seed, cotangent, log_sum, along)
+    )(query, key, value, queries_BxT, keys_BxS, *extents, seed, bias_HxN, cotangent, log_sum, along)
     if groups < heads:
         split = (batch, size, groups, heads // groups, width)
         by_key, by_value = (x.reshape(split).sum(axis=3).astype(key.dtype) for x in (by_key, by_value))
-    return by_query, by_key, by_value, None, None, None
+    by_bias = None
+    if options.biased:
+        by_bias = _by_bias(options, query, key, value, queries_BxT, keys_BxS, seed, bias_HxN, cotangent, log_sum, along)
+    return by_query, by_key, by_value, None, None, None, by_bias
+
+
+def _by_bias(
+    options: Options,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    queries_BxT: jax.Array,
+    keys_BxS: jax.Array,
+    seed: jax.Array,
+    bias_HxN: jax.Array,
+    cotangent: jax.Array,
+    log_sum: jax.Array,
+    along: jax.Array,
+) -> jax.Array:
+    """Return the gradient by the bias, float32 [H, N].
+
+    Blocks of scores that lie on one diagonal hold the same distances in the same places: a program adds up those of one
+    diagonal, of one head and a few rows.
+    """
+    (batch, length, heads, width), (size, groups) = query.shape, key.shape[1:3]
+    block = min(_block(length, NARROW), _block(size, NARROW))
+    counts = length // block, size // block
+    rows = max(n for n in range(1, max(batch // 8, 1) + 1) if batch % n == 0)
+    share = heads // groups
+    queries = pl.BlockSpec((rows, length, None, width), lambda d, h, b: (b, 0, h, 0))
+    keys = pl.BlockSpec((rows, size, None, width), lambda d, h, b: (b, 0, h // share, 0))
+    statistics = pl.BlockSpec((rows, None, length), lambda d, h, b: (b, h, 0))
+    tiles = pl.pallas_call(
+        functools.partial(_bias_kernel, options, block, counts, rows),
+        grid=(sum(counts) - 1, heads, batch // rows),
+        in_specs=[
+            *(queries, keys, keys),
+            *(pl.BlockSpec((rows, n), lambda d, h, b: (b, 0)) for n in (length, size)),
+            *(
+                pl.BlockSpec((4,), lambda d, h, b: (0,)),
+                pl.BlockSpec((None, bias_HxN.shape[1]), lambda d, h, b: (h, 0)),
+            ),
+            *(queries, statistics, statistics),
+        ],
+        out_specs=pl.BlockSpec((None, None, None, block, block), lambda d, h, b: (b, h, d, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((batch // rows, heads, sum(counts) - 1, block, block), jnp.float32),
+        compiler_params=_parameters(query),
+        interpret=options.interpret,
+        name="flash_by_bias",
+    )(query, key, value, queries_BxT, keys_BxS, seed, bias_HxN, cotangent, log_sum, along)
+    # Each block is added up along its diagonals, then the blocks where their distances overlap.
+    distances = 2 * block - 1
+    shape = jax.ShapeDtypeStruct((heads * (sum(counts) - 1), distances), jnp.float32)
+    (sums,) = jax.linear_transpose(lambda x: by_distance(x, block), shape)(tiles.sum(axis=0).reshape(-1, block, block))
+    first = options.lengths[0] - length + block * np.arange(sum(counts) - 1)
+    places = first[:, None] + np.arange(distances)
+    places = np.where(places < 0, bias_HxN.shape[1], places)  # what fills up the last blocks has no bias
+    return jnp.zeros_like(bias_HxN).at[:, places].add(sums.reshape(heads, -1, distances), mode="drop")
 
 
 _flash.defvjp(_forward, _backward)
@@ -189,6 +257,11 @@ def _specs(query: jax.Array, key: jax.Array, block: int) -> dict[str, pl.BlockSp
 def _row(x: jax.Array) -> pl.BlockSpec:
     """Return the whole row of an array [B, N]."""
     return pl.BlockSpec((None, x.shape[1]), lambda i, b, h: (b, 0))
+
+
+def _row_of_head(x: jax.Array) -> pl.BlockSpec:
+    """Return the whole row of an array [H, N]."""
+    return pl.BlockSpec((None, x.shape[1]), lambda i, b, h: (h, 0))
 
 
 def _parameters(query: jax.Array) -> triton.CompilerParams:
@@ -249,10 +322,18 @@ def _visible(options: Options, rows: jax.Array, columns: jax.Array, numbers: tup
     return visible
 
 
-def _seed(options: Options, seed_ref: Any) -> tuple[jax.Array, ...]:
-    """Return the two words of the dropout, and the number of this program's first line in the scores of all."""
-    row = seed_ref[2] + pl.program_id(1).astype(jnp.uint32)
-    head = seed_ref[3] + pl.program_id(2).astype(jnp.uint32)
+def _biased(options: Options, bias_ref: Any, rows: jax.Array, columns: jax.Array) -> jax.Array | float:
+    """Return the bias of a block of scores, by the distance of each."""
+    if not options.biased:
+        return 0.0
+    places = columns[None, :] - rows[:, None] + (options.lengths[0] - 1)
+    return bias_ref[jnp.clip(places, 0, sum(options.lengths) - 2)]  # what fills up a block is masked
+
+
+def _seed(options: Options, seed_ref: Any, row: jax.Array, head: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the two words of the dropout, and the number of a head's first line in the scores of all."""
+    row = seed_ref[2] + row.astype(jnp.uint32)
+    head = seed_ref[3] + head.astype(jnp.uint32)
     line = (row * jnp.uint32(options.heads) + head) * jnp.uint32(options.lengths[0])
     return seed_ref[0], seed_ref[1], line
 
@@ -276,18 +357,20 @@ def _forward_kernel(
     begin_ref: Any,
     end_ref: Any,
     seed_ref: Any,
+    bias_ref: Any,
     out_ref: Any,
     log_sum_ref: Any,
 ) -> None:
-    rows = pl.program_id(0) * sizes[0] + jnp.arange(sizes[0])
-    query, of_query, seed = query_ref[...], queries_ref[...], _seed(options, seed_ref)
+    rows, places = pl.program_id(0) * sizes[0] + jnp.arange(sizes[0]), (pl.program_id(1), pl.program_id(2))
+    query, of_query, seed = query_ref[...], queries_ref[...], _seed(options, seed_ref, *places)
 
     def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, largest, total = carry
         part = pl.ds(index * sizes[1], sizes[1])
         columns = index * sizes[1] + jnp.arange(sizes[1])
         visible = _visible(options, rows, columns, (of_query, keys_ref[part]))
-        scores = jnp.where(visible, triton.dot(query, key_ref[part, :].T) * (options.scale * LOG2_E), LOWEST)
+        bias = _biased(options, bias_ref, rows, columns)
+        scores = jnp.where(visible, _scores(options, query, key_ref[part, :], bias), LOWEST)
         larger = jnp.maximum(largest, scores.max(axis=1))
         weights = jnp.where(visible, jnp.exp2(scores - larger[:, None]), 0.0)
         shrunk = jnp.exp2(largest - larger)
@@ -304,6 +387,11 @@ def _forward_kernel(
     log_sum_ref[...] = largest + jnp.log2(total)
 
 
+def _scores(options: Options, query: jax.Array, key: jax.Array, bias: jax.Array | float) -> jax.Array:
+    """Return the scores of a block, for powers of two."""
+    return (triton.dot(query, key.T) * options.scale + bias) * LOG2_E
+
+
 def _by_score(
     options: Options,
     query: jax.Array,
@@ -316,16 +404,17 @@ def _by_score(
     columns: jax.Array,
     visible: jax.Array,
     seed: tuple[jax.Array, ...],
+    bias_ref: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the weights of a block after dropout, and the gradient by its scaled scores."""
-    scores = triton.dot(query, key.T) * (options.scale * LOG2_E)
+    """Return the weights of a block after dropout, and the gradient by its scores."""
+    scores = _scores(options, query, key, _biased(options, bias_ref, rows, columns))
     weights = jnp.where(visible, jnp.exp2(scores - log_sum[:, None]), 0.0)
     by_weight = triton.dot(cotangent, value.T)
     dropped = weights
     if options.rate:
         kept = _kept(options, rows, columns, seed)
         dropped, by_weight = weights * kept, by_weight * kept
-    return dropped, weights * (by_weight - along[:, None]) * options.scale
+    return dropped, weights * (by_weight - along[:, None])
 
 
 def _query_kernel(
@@ -339,22 +428,23 @@ def _query_kernel(
     begin_ref: Any,
     end_ref: Any,
     seed_ref: Any,
+    bias_ref: Any,
     cotangent_ref: Any,
     log_sum_ref: Any,
     along_ref: Any,
     by_query_ref: Any,
 ) -> None:
-    rows = pl.program_id(0) * sizes[0] + jnp.arange(sizes[0])
+    rows, places = pl.program_id(0) * sizes[0] + jnp.arange(sizes[0]), (pl.program_id(1), pl.program_id(2))
     query, of_query, cotangent = query_ref[...], queries_ref[...], cotangent_ref[...]
-    log_sum, along, seed = log_sum_ref[...], along_ref[...], _seed(options, seed_ref)
+    log_sum, along, seed = log_sum_ref[...], along_ref[...], _seed(options, seed_ref, *places)
 
     def step(index: jax.Array, by_query: jax.Array) -> jax.Array:
         part = pl.ds(index * sizes[1], sizes[1])
         columns = index * sizes[1] + jnp.arange(sizes[1])
         key, value = key_ref[part, :], value_ref[part, :]
-        visible = _visible(options, rows, columns, (of_query, keys_ref[part]))
-        _, by_score = _by_score(options, query, key, value, cotangent, log_sum, along, rows, columns, visible, seed)
-        return by_query + triton.dot(by_score.astype(key.dtype), key)
+        block = rows, columns, _visible(options, rows, columns, (of_query, keys_ref[part])), seed, bias_ref
+        _, by_score = _by_score(options, query, key, value, cotangent, log_sum, along, *block)
+        return by_query + triton.dot((by_score * options.scale).astype(key.dtype), key)
 
     start = jnp.zeros(query.shape, jnp.float32)
     by_query = jax.lax.fori_loop(*_blocks(begin_ref, end_ref, sizes[1]), step, start)
@@ -372,28 +462,67 @@ def _key_kernel(
     begin_ref: Any,
     end_ref: Any,
     seed_ref: Any,
+    bias_ref: Any,
     cotangent_ref: Any,
     log_sum_ref: Any,
     along_ref: Any,
     by_key_ref: Any,
     by_value_ref: Any,
 ) -> None:
-    columns = pl.program_id(0) * sizes[1] + jnp.arange(sizes[1])
-    key, value, of_key, seed = key_ref[...], value_ref[...], keys_ref[...], _seed(options, seed_ref)
+    columns, places = pl.program_id(0) * sizes[1] + jnp.arange(sizes[1]), (pl.program_id(1), pl.program_id(2))
+    key, value, of_key, seed = key_ref[...], value_ref[...], keys_ref[...], _seed(options, seed_ref, *places)
 
     def step(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         by_key, by_value = carry
         part = pl.ds(index * sizes[0], sizes[0])
         rows = index * sizes[0] + jnp.arange(sizes[0])
         query, cotangent = query_ref[part, :], cotangent_ref[part, :]
-        visible = _visible(options, rows, columns, (queries_ref[part], of_key))
+        block = rows, columns, _visible(options, rows, columns, (queries_ref[part], of_key)), seed, bias_ref
         statistics = log_sum_ref[part], along_ref[part]
-        weights, by_score = _by_score(options, query, key, value, cotangent, *statistics, rows, columns, visible, seed)
+        weights, by_score = _by_score(options, query, key, value, cotangent, *statistics, *block)
         by_value += triton.dot(weights.astype(cotangent.dtype).T, cotangent)
-        by_key += triton.dot(by_score.astype(query.dtype).T, query)
+        by_key += triton.dot((by_score * options.scale).astype(query.dtype).T, query)
         return by_key, by_value
 
     start = jnp.zeros(key.shape, jnp.float32), jnp.zeros(key.shape, jnp.float32)
     by_key, by_value = jax.lax.fori_loop(*_blocks(begin_ref, end_ref, sizes[0]), step, start)
     by_key_ref[...] = by_key.astype(by_key_ref.dtype)
     by_value_ref[...] = by_value.astype(by_value_ref.dtype)
+
+
+def _bias_kernel(
+    options: Options,
+    size: int,
+    counts: tuple[int, int],
+    batch: int,
+    query_ref: Any,
+    key_ref: Any,
+    value_ref: Any,
+    queries_ref: Any,
+    keys_ref: Any,
+    seed_ref: Any,
+    bias_ref: Any,
+    cotangent_ref: Any,
+    log_sum_ref: Any,
+    along_ref: Any,
+    by_bias_ref: Any,
+) -> None:
+    diagonal, head = pl.program_id(0) - (counts[0] - 1), pl.program_id(1)  # blocks of keys less blocks of queries
+    begin, end = jnp.maximum(0, -diagonal), jnp.minimum(counts[0], counts[1] - diagonal)
+    first = pl.program_id(2) * batch
+    if options.causal:
+        end = jnp.where(diagonal > 0, begin, end)
+
+    def add(index: jax.Array, by_bias: jax.Array, row: jax.Array, seed: tuple[jax.Array, ...]) -> jax.Array:
+        here, there = pl.ds(index * size, size), pl.ds((index + diagonal) * size, size)
+        rows, columns = index * size + jnp.arange(size), (index + diagonal) * size + jnp.arange(size)
+        visible = _visible(options, rows, columns, (queries_ref[row, here], keys_ref[row, there]))
+        operands = query_ref[row, here, :], key_ref[row, there, :], value_ref[row, there, :]
+        statistics = cotangent_ref[row, here, :], log_sum_ref[row, here], along_ref[row, here]
+        return by_bias + _by_score(options, *operands, *statistics, rows, columns, visible, seed, bias_ref)[1]
+
+    def add_row(row: jax.Array, by_bias: jax.Array) -> jax.Array:
+        seed = _seed(options, seed_ref, first + row, head)
+        return jax.lax.fori_loop(begin, end, functools.partial(add, row=row, seed=seed), by_bias)
+
+    by_bias_ref[...] = jax.lax.fori_loop(0, batch, add_row, jnp.zeros((size, size), jnp.float32))

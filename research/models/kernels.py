@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
 from research.models.layers import words
+from research.models.positions import by_distance
 from research.sharding import device_kind
 
 try:
@@ -65,8 +66,7 @@ def cudnn(
     elif length % 2 or size % 2:
         lengths = tuple(jnp.full(len(query), n, jnp.int32) for n in (length, size))
     if bias is not None:
-        bias = jnp.broadcast_to(bias, (*bias.shape[:2], length, size)).astype(query.dtype)
-        bias = _filled(_filled(bias, 2, 2), 3, 2)
+        bias = _filled(_filled(by_distance(bias, length).astype(query.dtype)[None], 2, 2), 3, 2)
     query, key, value = (_filled(x, 1, 2) for x in (query, key, value))
     return jax.nn.dot_product_attention(
         query,
@@ -148,14 +148,15 @@ def _on_each_device(
       attend: takes queries, keys and the `others`.
       query: [B, T, H, K].
       key: [B, S, G, K].
-      *others: values [B, S, G, K], and arrays [B, ...] of rows.
+      *others: values [B, S, G, K], arrays [B, N] of rows, and arrays [1, H, N] of heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return attend(query, key, *others)
     batch, heads = _axes(query, key)
     wide = P(batch, None, heads, None)
-    specs = [wide if x.ndim == 4 else P(batch, *[None] * (x.ndim - 1)) for x in (query, key, *others)]
+    kinds = {2: P(batch, None), 3: P(None, heads, None), 4: wide}
+    specs = [kinds[x.ndim] for x in (query, key, *others)]
     return jax.shard_map(attend, in_specs=tuple(specs), out_specs=wide, check_vma=False)(query, key, *others)
 
 
@@ -184,7 +185,6 @@ def flash_obstacle(
         f"needs Pallas for Triton, which JAX {jax.__version__} lacks": flash_kernel is None,
         f"computes in 16 bits, and dtype is {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
         f"needs heads of a width of 16, 32, 64 or 128, not {width}": width not in (16, 32, 64, 128),
-        "has no bias": bias is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -194,19 +194,20 @@ def flash(
     key: jax.Array,
     value: jax.Array,
     structure: "Structure",
-    bias: None,
+    bias: jax.Array | None,
     scale: float,
     dropout: "DropWeights | None",
     softcap: None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Compute attention by `flash.flash`; each device its own share, with the dropout of the whole."""
-    del bias, softcap  # refused before
+    del softcap  # refused before
     options = flash_kernel.Options(
         causal=structure.causal,
         window=structure.window,
         scale=scale,
         rate=dropout.rate if dropout else 0.0,
+        biased=bias is not None,
         heads=query.shape[2],
         lengths=(query.shape[1], key.shape[1]),
         interpret=interpret,
@@ -215,15 +216,16 @@ def flash(
     split = _axes(query, key) if not mesh.empty and mesh.size > 1 and not mesh.manual_axes else (None, None)
     first, second = words(dropout.key) if dropout else (jnp.uint32(0), jnp.uint32(0))
 
-    def attend(
-        query: jax.Array, key: jax.Array, value: jax.Array, queries_BxT: jax.Array, keys_BxS: jax.Array
-    ) -> jax.Array:
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, *others: jax.Array) -> jax.Array:
+        queries_BxT, keys_BxS, *biases = others
         shares = zip(split, (query.shape[0], query.shape[2]))
         begin = [jnp.uint32(jax.lax.axis_index(axes) * size if axes else 0) for axes, size in shares]
         seed = jnp.stack([first, second, *begin])
-        return flash_kernel.flash(query, key, value, queries_BxT, keys_BxS, seed, options)
+        of_heads = biases[0][0] if biases else None
+        return flash_kernel.flash(query, key, value, queries_BxT, keys_BxS, seed, of_heads, options)
 
-    return _on_each_device(attend, query, key, value, *_numbers(query, key, structure))
+    biases = [] if bias is None else [bias[None]]
+    return _on_each_device(attend, query, key, value, *_numbers(query, key, structure), *biases)
 
 
 def _splash_part(

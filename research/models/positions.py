@@ -198,6 +198,18 @@ def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]
 
 
+def by_distance(bias_HxN: jax.Array, length: int) -> jax.Array:
+    """Return for each of T = `length` queries i and of the keys j what stands at j - i + T - 1, [H, T, N - T + 1].
+
+    Copies of a row that are one longer, cut into rows that are not, are shifted by one each: no lookup, whose gradient
+    would be slow.
+    """
+    heads, count = bias_HxN.shape
+    longer = jnp.concatenate([bias_HxN[:, length - 1 :], jnp.zeros((heads, 1)), bias_HxN[:, : length - 1]], axis=1)
+    copies = jnp.broadcast_to(longer[:, None], (heads, length, count + 1)).reshape(heads, -1)
+    return copies[:, : length * count].reshape(heads, length, count)[:, :, : count - length + 1]
+
+
 class RelativeBias(nn.Module):
     """The learned bias of T5 by bucketed distance (Raffel 2019, section 2.1): half of the buckets are exact distances,
     the rest grow logarithmically up to `max_distance`.
@@ -217,10 +229,10 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, length: int, keys: int, index: jax.Array | int = 0) -> jax.Array:
-        """Return [1, H, T, S] for T queries, the first of which stands at `index` of S keys."""
+        """Return [H, T + S - 1] for T queries, the first of which stands at `index` of S keys; see `by_distance`."""
         table = self.param("embedding", self.embedding_init, (self.num_buckets, self.num_heads), jnp.float32)
-        distances_TxS = jnp.arange(keys)[None] - (index + jnp.arange(length))[:, None]
-        return table[self._buckets(distances_TxS)].transpose(2, 0, 1)[None]
+        distances_N = jnp.arange(1 - length, keys) - index
+        return table[self._buckets(distances_N)].T
 
     def _buckets(self, distances: jax.Array) -> jax.Array:
         buckets, base = self.num_buckets, jnp.zeros_like(distances)

@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from research import sharding
+from research.metrics import weighted
 from research.task import Params
+
+try:
+    from research.tasks import fused_cross_entropy
+except ImportError:  # JAX 0.12 announces that it will drop what this is written in
+    fused_cross_entropy = None  # type: ignore[assignment]
 
 # Bytes of logits that exist on a device at once, at most. Each block adds to the gradient of the whole vocabulary's
 # weights, so that many small ones cost more than they save.
@@ -78,6 +84,72 @@ def _backward(label_smoothing: float, z_loss: float, kept: Any, cotangents: Any)
 
 
 token_losses.defvjp(_keep, _backward)
+
+
+def sums(
+    logits_BxTxV: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the weighted sums of `token_losses`, of the losses without smoothing and z-loss, and of what is right.
+
+    Only the first has a gradient. On GPUs a kernel makes it while it reads the logits, where one device has all of a
+    row's.
+    """
+    compute = _plain_sums
+    mesh = jax.sharding.get_abstract_mesh()
+    if fused_cross_entropy is not None and sharding.platform() == "gpu" and (mesh.empty or mesh.shape["model"] == 1):
+        compute = _fused_sums
+    return compute(logits_BxTxV, targets_BxT, weights_BxT, label_smoothing, z_loss)
+
+
+def _plain_sums(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array, label_smoothing: float, z_loss: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    losses, right = token_losses(logits, targets, label_smoothing, z_loss)
+    plain = token_losses(logits, targets)[0] if label_smoothing or z_loss else losses
+    return weighted(losses, weights).sum(), weighted(plain, weights).sum(), weighted(right, weights).sum()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _fused_sums(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    label_smoothing: float,
+    z_loss: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    del interpret  # of the kernel, which pays where there is a gradient to make
+    return _plain_sums(logits, targets, weights, label_smoothing, z_loss)
+
+
+def _fused_forward(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    label_smoothing: float,
+    z_loss: float,
+    interpret: bool,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    def compute(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+        rows = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
+        *numbers, gradient = fused_cross_entropy.losses_and_gradient(*rows, label_smoothing, z_loss, interpret)
+        return *(x.reshape(weights.shape) for x in numbers), gradient.reshape(logits.shape)
+
+    *numbers, gradient = sharding.on_each_device(compute, logits, targets, weights)
+    return tuple(weighted(x, weights).sum() for x in numbers), gradient
+
+
+def _fused_backward(
+    label_smoothing: float, z_loss: float, interpret: bool, gradient: jax.Array, cotangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, None, None]:
+    return (gradient * cotangents[0]).astype(gradient.dtype), None, None
+
+
+_fused_sums.defvjp(_fused_forward, _fused_backward)
 
 
 def block_size(shape: tuple[int, int, int], dtype: Any) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from research.errors import UserError, nearest
 from research.metrics import Mean, weighted
 from research.task import Batch, Params, Spec
+from research.tasks import cross_entropy
 from research.tasks.cross_entropy import block_size, by_row, in_blocks, token_losses
 
 
@@ -74,10 +75,7 @@ def score(
         hidden_BxTxD = jnp.take_along_axis(hidden_BxTxD, chosen_BxN[..., None], 1)
 
     def sums(params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-        logits_BxTxV = logits(model, params, hidden)
-        losses, correct = token_losses(logits_BxTxV, targets, label_smoothing, z_loss)
-        plain = token_losses(logits_BxTxV, targets)[0] if label_smoothing or z_loss else losses
-        return tuple(weighted(x, weights).sum() for x in (losses, plain, correct))
+        return cross_entropy.sums(logits(model, params, hidden), targets, weights, label_smoothing, z_loss)
 
     size = block(model, params, hidden_BxTxD, chunk)
     with jax.named_scope("loss"):

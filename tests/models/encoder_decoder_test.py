@@ -10,7 +10,7 @@ import pytest
 
 from research.errors import UserError
 from research.models.encoder_decoder import EncoderDecoder
-from research.models.positions import RelativeBias, sinusoids
+from research.models.positions import RelativeBias, by_distance, sinusoids
 
 SIZES = {
     "vocab_size": 40,
@@ -192,10 +192,10 @@ def bucket(distance, bidirectional, buckets, greatest):
 def test_relative_buckets_follow_the_paper(bidirectional, buckets, greatest):
     module = RelativeBias(1, buckets, greatest, bidirectional)
     table = {"params": {"embedding": jnp.arange(buckets, dtype=jnp.float32)[:, None]}}
-    ours = jax.jit(lambda: module.apply(table, 150, 150))()[0, 0]
+    ours = jax.jit(lambda: by_distance(module.apply(table, 150, 150), 150))()[0]
     expected = [[bucket(key - query, bidirectional, buckets, greatest) for key in range(150)] for query in range(150)]
     np.testing.assert_array_equal(ours, expected)
-    later = jax.jit(lambda index: module.apply(table, 3, 150, index))(90)[0, 0]
+    later = jax.jit(lambda index: by_distance(module.apply(table, 3, 150, index), 3))(90)[0]
     np.testing.assert_array_equal(later, expected[90:93])
 
 
