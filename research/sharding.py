@@ -200,18 +200,21 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*named, *[P.UNCONSTRAINED] * (x.ndim - len(named))))
 
 
-def on_each_device(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """Return what `function` makes of each device's rows: for what the compiler cannot split.
+def on_each_device(function: Callable[..., Any], *arrays: jax.Array, shared: tuple[jax.Array, ...] = ()) -> Any:
+    """Return what `function` makes of each device's rows, one after another: for what the compiler cannot split.
 
     Args:
-      function: of arrays [B, ...], returns arrays [B, ...].
-      *arrays: whose first dimensions are the batch's; a batch that the mesh does not divide stays whole.
+      function: of the arrays and what is shared; returns arrays [B, ...], or with another first dimension, which then
+        has as many parts as the batch has.
+      *arrays: [B, ...]; a batch that the mesh does not divide stays whole.
+      shared: what every device gets whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return function(*arrays)
+        return function(*arrays, *shared)
     rows = P(LOGICAL["batch"]) if len(arrays[0]) % batch_ways() == 0 else P()
-    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+    specs = (rows,) * len(arrays) + (P(),) * len(shared)
+    return jax.shard_map(function, in_specs=specs, out_specs=rows, check_vma=False)(*arrays, *shared)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:

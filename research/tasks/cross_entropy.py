@@ -133,14 +133,15 @@ def _fused_forward(
     label_smoothing: float,
     z_loss: float,
     interpret: bool,
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
     def compute(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
         rows = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
         *numbers, gradient = fused_cross_entropy.losses_and_gradient(*rows, label_smoothing, z_loss, interpret)
         return *(x.reshape(weights.shape) for x in numbers), gradient.reshape(logits.shape)
 
     *numbers, gradient = sharding.on_each_device(compute, logits, targets, weights)
-    return tuple(weighted(x, weights).sum() for x in numbers), gradient
+    losses, plain, right = (weighted(x, weights).sum() for x in numbers)
+    return (losses, plain, right), gradient
 
 
 def _fused_backward(
