@@ -34,17 +34,19 @@ p { margin: .25rem 0; color: var(--soft); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
-  overflow-wrap: normal; }
-td { min-width: 8rem; }
+  white-space: nowrap; overflow-wrap: normal; }
 th:first-child { text-align: left; }
-thead th { background: var(--box); overflow-wrap: anywhere; min-width: 8rem; }
-tbody th { font-weight: 500; white-space: nowrap; }
+thead th { background: var(--box); }
+tbody th { font-weight: 500; }
 tbody tr:last-child > * { border-bottom: 0; }
 .text td, .text th { text-align: left; }
-code { font: .85rem ui-monospace, monospace; }
+.text td { white-space: normal; min-width: 8rem; }
+.text td:last-child { min-width: 16rem; }
 svg { display: block; margin: .3rem 0 0 auto; color: var(--mark); }
 figure { margin: 0; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.curves { overflow-x: auto; }
+.curves img { min-width: min(44rem, 200vw); }
 .curves, .pictures figure { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .75rem; }
 .pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
 figcaption { margin-top: .5rem; font-size: .85rem; color: #59636e; }
