@@ -1,6 +1,7 @@
 """A causal language model on the tasks of EleutherAI's evaluation harness (`lm_eval`, Gao 2024; the extra "evals")."""
 
 import importlib.util
+import logging
 import os
 import pathlib
 import random
@@ -46,6 +47,7 @@ def run(
         raise UserError("--harness: lm_eval is not installed; pip install -e '.[evals]'")
     if jax.process_count() > 1:
         raise UserError("--harness runs in one process")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of every default that a task leaves as it is
     # Processes that are forked for resampling would inherit the locks of JAX's threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     experiment = generate.experiment_of(config, workdir)
@@ -62,7 +64,8 @@ def run(
     tasks = {name: _facts(found, name) for name in found["results"]}
     result = {"step": step, "metrics": _metrics(found["results"]), "tasks": tasks, "lm_eval": lm_eval.__version__}
     write_json(workdir / FILE, result)
-    rich.console.Console(file=sys.stderr, soft_wrap=True).print(_table(f"{workdir}, step {step}", result))
+    title = f"{workdir}, {'the weights of config.init' if step is None else f'step {step}'}"
+    rich.console.Console(file=sys.stderr, soft_wrap=True).print(_table(title, result))
     return result
 
 

@@ -1,7 +1,8 @@
 """A causal language model of this project as EleutherAI's evaluation harness asks for one; needs the extra "evals".
 
 Texts become tokens, and rows that are too long are cut, as in the harness' own Hugging Face backend (`lm_eval.models.
-huggingface`), so that both say the same of the same weights.
+huggingface`), so that both say the same of the same weights. There is one difference: a token that the tokenizer puts
+after every text, as [SEP] of BERT's frame, is left out, as it would part a context from what follows it.
 
 Shape letters: B rows, T tokens of a row, N tokens of it that are scored, or new ones, D width, V vocabulary, S steps.
 """
@@ -83,6 +84,8 @@ class CausalModel(TemplateLM):
         if self._tokenizer.eos_id is None:
             raise UserError("--harness: config.tokenizer has no token that ends a text")
         self.max_length = int(self._model.max_positions)
+        framed = self._tokenizer.backend.encode("a")
+        self._frame = framed.ids[: framed.special_tokens_mask.index(0)]  # what begins every text
         self._params, self._unstacked = params, decoding.unstack(params)
         self._key = jax.random.key(experiment.config.get("seed", 0))
         self._batch_size, self._ways = experiment.config.batch_size, self._mesh.shape["data"] * self._mesh.shape["fsdp"]
@@ -100,11 +103,12 @@ class CausalModel(TemplateLM):
         return self.eot_token_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return a text's tokens, framed as the tokenizer frames a text unless it begins with that frame already."""
+        """Return a text's tokens, after what the tokenizer begins every text with, unless the text does so itself."""
         if add_special_tokens is None:
             begins = self._tokenizer.decode([self.prefix_token_id], skip_special=False)
             add_special_tokens = not string.startswith(begins)
-        return self._tokenizer.backend.encode(string, add_special_tokens=add_special_tokens).ids
+        ids = self._tokenizer.backend.encode(string, add_special_tokens=False).ids
+        return [*self._frame, *ids] if add_special_tokens else ids
 
     # --- likelihoods ------------------------------------------------------------------------------
 
@@ -147,7 +151,7 @@ class CausalModel(TemplateLM):
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
-                    f"--harness: a continuation has {len(continuation)} tokens; the model has {self.max_length} positions"
+                    f"--harness: a continuation has {len(continuation)} tokens, the model {self.max_length} positions"
                 )
             ids = tuple([*context, *continuation][-(self.max_length + 1) :][:-1])
             rows.setdefault(ids, Row(ids)).add(number, continuation)
