@@ -74,15 +74,15 @@ def _load(harness: str, include: str) -> dict[str, Any]:
     from lm_eval import defaults
     from lm_eval.tasks import TaskManager
 
+    names = list(dict.fromkeys(name.strip() for name in harness.split(",") if name.strip()))
+    if not names:
+        raise UserError("--harness: say which tasks, separated by commas, such as --harness=hellaswag,arc_easy")
     folder = None
     if include:
         if not storage.path(include).is_dir():
             raise UserError(f"--harness_include: there is no folder {include}")
         folder = str(storage.fetch(storage.path(include)))
     manager = TaskManager(include_path=folder)
-    names = list(dict.fromkeys(name.strip() for name in harness.split(",") if name.strip()))
-    if not names:
-        raise UserError("--harness: say which tasks, separated by commas, such as --harness=hellaswag,arc_easy")
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"--harness: there is no task '{name}'{nearest(name, manager.all_tasks)}")
