@@ -14,7 +14,10 @@ from ml_collections import ConfigDict
 from research import export, harness, main, sharding
 from research.data import tokenizer
 from research.errors import UserError
+from research.generation import decoding, sampling
 from research.generation.decoding import Decoding
+from research.generation.detokenizer import completion
+from research.models.encoder_decoder import EncoderDecoder
 from research.models.gpt import Decoder
 from research.pretrained import huggingface
 from research.tasks.causal_lm import CausalLM
@@ -212,6 +215,25 @@ def test_a_stop_text_ends_the_work(model, monkeypatch):
     (text,) = ask(model.generate_until, [("a", {"max_gen_toks": 33, "until": [whole[0]]})])
     assert text == ""
     assert made[0].shape[1] == 1
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True, "temperature": 0.8, "top_k": 9}])
+def test_beams_and_samples_are_generated_as_elsewhere(model, params, settings):
+    named = {name: value for name, value in settings.items() if name != "do_sample"}
+    ids = model.tok_encode("the cat")
+    batch = decoding.pad([ids], model._tokenizer.pad_id)
+    want = sampling.generate(
+        MODEL, params, batch, Decoding(9, **named), model._tokenizer, jax.random.key(0), np.array([0])
+    )
+    (text,) = ask(model.generate_until, [("the cat", {"max_gen_toks": 9, "until": [], **settings})])
+    assert text == completion(model._tokenizer, np.asarray(want)[0])
+
+
+def test_encoder_decoders_are_not_asked(model, params):
+    task = types.SimpleNamespace(model=EncoderDecoder())
+    experiment = types.SimpleNamespace(task=task, tokenizer=model._tokenizer, mesh=model._mesh, config=ConfigDict())
+    with pytest.raises(UserError, match="EncoderDecoder is no causal language model"):
+        harness_model.CausalModel(experiment, params)
 
 
 def test_settings_of_generation():
