@@ -77,9 +77,9 @@ def run(
         raise UserError("--prompt, --input: give a text to continue, or a file of texts; exactly one of the two")
     storage.check_output(output)
     lines = [("--prompt", {"prompt": prompt})] if prompt else _read(input)
-    experiment = _experiment(config, workdir)
+    experiment = experiment_of(config, workdir)
     requests = [_request(experiment, i, *line) for i, line in enumerate(lines)]
-    params = decoding.unstack(_params(experiment, workdir, checkpoint))
+    params = decoding.unstack(trained_or_published(experiment, workdir, checkpoint)[1])
     with storage.text_output(output) as file:
         if prompt:
             _stream(experiment, params, requests[0], file)
@@ -94,13 +94,13 @@ def _images(config: ConfigDict, workdir: pathlib.Path, prompt: str, output: str,
     task = experiment.task
     assert isinstance(task, Diffusion)
     labels, path = draw.classes(task, prompt), draw.target(task, output, workdir)
-    params = _params(experiment, workdir, checkpoint)
+    _, params = trained_or_published(experiment, workdir, checkpoint)
     with storage.writing(path) as local:
         draw.write(experiment, task, params, labels, local)
     print(path)
 
 
-def _experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
+def experiment_of(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
     """Return the objects of a config, checked to be able to generate, without a look at its training data."""
     if not config.get("derived"):
         spec = {name: {"shape": [1, 8], "dtype": "int32"} for name in FEATURES}
@@ -109,22 +109,28 @@ def _experiment(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
         config.derived = {"label_names": [], "num_steps": config.get("num_steps") or 1, "spec": spec}
     experiment = Experiment(config, workdir=workdir)
     if experiment.tokenizer is None:
-        raise UserError("config.tokenizer: it is missing, and generating text needs one")
+        raise UserError("config.tokenizer: it is missing, and a language model needs one")
     decoding.check_model(experiment.task.model)
     return experiment
 
 
-def _params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> Params:
-    """Return the parameters of a checkpoint, or else the published ones that the run would have started from."""
+def trained_or_published(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int | None, Params]:
+    """Return the step and parameters of a checkpoint, or else the published ones that the run would have started from.
+
+    There is no step then.
+
+    Raises:
+      UserError: there is neither, or no such checkpoint.
+    """
     if checkpoint or (workdir / "checkpoints").is_dir():
-        return restore_params(experiment, workdir, checkpoint)[1]
+        return restore_params(experiment, workdir, checkpoint)
     if not experiment.config.get("init"):
         raise UserError(f"--workdir: {workdir} holds no checkpoints, and config.init names no weights")
-    print(f"{workdir} holds no checkpoints: generating with the weights that config.init names", file=sys.stderr)
+    print(f"{workdir} holds no checkpoints: taking the weights that config.init names", file=sys.stderr)
     params = experiment.pretrained()
     if params is None or any(x is None for x in jax.tree.leaves(params, is_leaf=lambda x: x is None)):
         raise UserError("config.init: the weights lack a part of the model, which would have to be trained")
-    return params
+    return None, params
 
 
 def _request(experiment: Experiment, number: int, place: str, fields: Mapping[str, Any]) -> Request:

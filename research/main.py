@@ -2,7 +2,7 @@
 
 Modes:
   train      train, evaluate, and resume the run in --workdir if there is one (the default)
-  evaluate   a checkpoint through config.evals
+  evaluate   a checkpoint through config.evals, or on tasks of EleutherAI's evaluation harness (--harness)
   predict    JSON lines in (--input), the same with predictions out (--output)
   generate   text: what follows --prompt, as it is written, or JSON lines as in predict; --config.decoding says how.
              images, of a diffusion run: a PNG file; --config.task.sampling and --config.seed say how
@@ -34,6 +34,10 @@ Flags:
                   take the place of the config's; folders of runs; configs/NAME.py:VARIANT for the same data, as they
                   stand (overrides are --config's own)
   --examples      choose: of the training data, that features are taken of; 2000 by default
+  --harness       evaluate: tasks of the harness, separated by commas, for a causal language model (the extra "evals"):
+                  hellaswag,arc_easy; results go to harness.json in --workdir. Without a run: the weights of config.init
+  --harness_include
+                  evaluate: a folder of tasks of your own for --harness, YAML files as the harness reads them
   --profile_steps train: FIRST:END, the steps of which a trace, for xprof and Perfetto, goes to the run's folder
   --stop_at       train: a step, or a share of the run below 1, at which to evaluate, save and stop with status 75
   --parallel      sweep: points that run at once; 1 by default
@@ -69,7 +73,7 @@ from research.runtime import allocator, hosts, memory
 
 MODES = {
     "train": ("profile_steps", "stop_at"),
-    "evaluate": ("checkpoint",),
+    "evaluate": ("checkpoint", "harness", "harness_include"),
     "predict": ("checkpoint", "input", "output"),
     "generate": ("checkpoint", "prompt", "input", "output"),
     "export": ("checkpoint", "output"),
@@ -129,6 +133,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--workdir: say which folder holds, or will hold, the run")
     if not flags.config and (flags.mode in ("train", "sweep") or not flags.workdir):
         raise UserError(f"--config: say which config file to {flags.mode}, such as --config=configs/movie_snippets.py")
+    if flags.harness_include is not None and flags.harness is None:
+        raise UserError("--harness_include: it holds tasks for --harness; name them there")
     if flags.mode == "choose" and not flags.candidates:
         raise UserError("--candidates: say which models to choose from, separated by commas")
     return flags
@@ -181,7 +187,8 @@ def _run_mode(flags: argparse.Namespace, changes: Sequence[overrides.Override]) 
     if not flags.config:
         config = load_config(workdir)
         overrides.apply(config, changes)
-    run = importlib.import_module(f"research.{flags.mode}").run
+    module = flags.mode if flags.harness is None else "harness"  # another way to evaluate
+    run = importlib.import_module(f"research.{module}").run
     given = {name: getattr(flags, name) for name in MODES[flags.mode]}
     if flags.mode == "sweep":
         given |= {"file": flags.config, "changes": changes}

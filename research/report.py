@@ -1,12 +1,17 @@
 """Compares runs and generates the pages of recorded experiments.
 
   python -m research.report RUN [RUN ...]        the config keys that differ, the results, the curves
+      --group=KEY[,KEY ...]                      groups: the runs that agree in these keys of their configs
+      --html=FILE                                all of it, and the runs' own pictures, as one page that needs no other
   python -m research.report --record RUN [RUN ...] --into experiments/NAME[/ARM]
                                                  copies the records of runs into an experiment
   python -m research.report --ledger             generates the experiments' pages, figures and tables
 
-A RUN is the --workdir of a finished run. Runs that differ only in their seed are shown together, as mean ± sample
-deviation. Exit status: 0 done; 2 a mistake of yours, in one line.
+A RUN is the --workdir of a finished run. Runs that differ only in their seed, or that agree in the keys of --group, are
+shown together: as mean ± sample deviation, with Student's 95 % interval of the mean, and as one curve in a band. Groups
+are compared with that of the first RUN, over pairs of the same seed.
+
+Exit status: 0 done; 2 a mistake of yours, in one line.
 """
 
 import argparse
@@ -22,11 +27,11 @@ from rich.markup import escape
 
 from research import storage
 from research.errors import UserError, nearest
-from research.reporting import figures, ledger, runs
+from research.reporting import comparison, figures, ledger, page, runs
 from research.reporting.runs import Run
 
 # The options of each use.
-OPTIONS = {"compare": ("figure", "metrics"), "record": ("into",), "ledger": ("root",)}
+OPTIONS = {"compare": ("figure", "metrics", "group", "html"), "record": ("into",), "ledger": ("root",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +62,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--figure", type=storage.path, help="comparing: the PNG to write (default: comparison.png)")
     parser.add_argument("--metrics", help="comparing: only the metrics that match this regular expression")
+    parser.add_argument("--group", help="comparing: keys of the config, separated by commas, by which runs are grouped")
+    parser.add_argument("--html", type=storage.path, help="comparing: the page to write, one self-contained file")
     parser.add_argument("--into", type=pathlib.Path, help="recording: experiments/NAME, or an arm of it")
     parser.add_argument("--root", type=pathlib.Path, help="the folder of the experiments (default: experiments)")
     return parser.parse_args(argv)
@@ -80,25 +87,43 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         for target in ledger.record(found, arguments.into):
             print(f"recorded {target}")
     else:
-        compare(found, arguments.metrics, arguments.figure or pathlib.Path("comparison.png"))
+        keys = None if arguments.group is None else _keys(arguments.group)
+        if arguments.html is not None and arguments.html.is_dir():
+            raise UserError(f"--html: {arguments.html} is a folder; name a file")
+        compare(found, arguments.metrics, arguments.figure or pathlib.Path("comparison.png"), keys, arguments.html)
     return 0
 
 
-def compare(found: Sequence[Run], pattern: str | None, figure: pathlib.Path) -> None:
-    """Print the differences and results of runs and draw their curves.
+def _keys(text: str) -> list[str]:
+    """Return the keys that --group names, each once."""
+    keys = list(dict.fromkeys(key.strip().removeprefix("config.") for key in text.split(",") if key.strip()))
+    if not keys:
+        raise UserError("--group: name keys of the config, such as --group=optimizer.learning_rate")
+    return keys
+
+
+def compare(
+    found: Sequence[Run],
+    pattern: str | None,
+    figure: pathlib.Path,
+    keys: Sequence[str] | None = None,
+    html: pathlib.Path | None = None,
+) -> None:
+    """Print the differences and results of runs and draw their curves; write all of it as a page too.
 
     Args:
       found: the runs to compare.
       pattern: a regular expression that chooses metrics, in the table and in the figure; None: all in the table, a
         default set in the figure.
       figure: the PNG file to write.
+      keys: of the config, by which runs are grouped: see `comparison.make_groups`.
+      html: the file of the page, if there is to be one.
 
     Raises:
-      UserError: the pattern is invalid or matches nothing, or a run is given twice.
+      UserError: the pattern is invalid or matches nothing, a run is given twice, or no config has one of the keys.
     """
-    names = runs.labels(found)
-    groups = {_group_name(members, names): members for members in runs.group_by_config(found)}
-    rows = {name: run.rows for name, run in zip(names, found)}
+    groups = comparison.make_groups(found, keys)
+    rows = {label: run.rows for group in groups for label, run in group.members.items()}
     logged = figures.metric_names(rows)
     ended = list(dict.fromkeys(metric for run in found for metric in run.numbers))
     curves = None
@@ -106,19 +131,19 @@ def compare(found: Sequence[Run], pattern: str | None, figure: pathlib.Path) -> 
         curves = _matching(pattern, logged)
         ended = _matching(pattern, ended)
         if not curves and not ended:
-            raise UserError(f"--metrics: '{pattern}' matches no metric{nearest(pattern, logged)}")
+            raise UserError(f"--metrics: '{pattern}' matches no metric{nearest(pattern, [*logged, *ended])}")
     console = rich.console.Console()
-    if len(found) > 1:
-        console.print(_config_table(found, groups))
-    console.print(_result_table(found, groups, ended))
-    group_of = {names[i]: group for group, members in groups.items() for i in members}
-    figures.curves(rows, curves, figure, groups=group_of)
+    for table in comparison.tables(groups, ended).values():
+        _print(console, table)
+    for note in comparison.notes(groups, ended, keys):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    group_of = {label: group.name for group in groups for label in group.members}
+    figures.curves(rows, curves, figure, groups=group_of, bands=True)
     console.print(f"curves: {figure}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _group_name(members: Sequence[int], names: Sequence[str]) -> str:
-    more = len(members) - 1
-    return names[members[0]] + (f" and {more} more seed{'s' if more > 1 else ''}" if more else "")
+    if html is not None:
+        content = page.render(groups, ended, figure.read_bytes(), keys).encode()
+        storage.write(html, content)
+        console.print(f"page: {html} ({len(content) / 2**20:.1f} MiB)", markup=False, highlight=False, soft_wrap=True)
 
 
 def _matching(pattern: str, names: Sequence[str]) -> list[str]:
@@ -128,37 +153,13 @@ def _matching(pattern: str, names: Sequence[str]) -> list[str]:
         raise UserError(f"--metrics: '{pattern}' is not a regular expression ({error})") from None
 
 
-def _config_table(found: Sequence[Run], groups: dict[str, list[int]]) -> rich.table.Table:
-    """Return one row per config key whose values differ; the values of a group's seeds share a cell."""
-    table = _table("Config: what differs", groups)
-    for key in dict.fromkeys(key for run in found for key in run.config):
-        values = [repr(run.config[key]) if key in run.config else "-" for run in found]
-        if len(set(values)) > 1:
-            cells = [", ".join(dict.fromkeys(values[i] for i in members)) for members in groups.values()]
-            table.add_row(key, *map(escape, cells))
-    if not table.row_count:
-        table.add_row("nothing", *["" for _ in groups])
-    return table
-
-
-def _result_table(found: Sequence[Run], groups: dict[str, list[int]], metrics: Sequence[str]) -> rich.table.Table:
-    table = _table("Results", groups)
-    for metric in metrics:
-        values = [[found[i].numbers[metric] for i in m if metric in found[i].numbers] for m in groups.values()]
-        table.add_row(metric, *[_cell(metric, v, len(m)) for v, m in zip(values, groups.values())])
-    return table
-
-
-def _cell(metric: str, values: Sequence[float], runs_in_group: int) -> str:
-    missing = f" ({len(values)} of {runs_in_group} runs)" if 0 < len(values) < runs_in_group else ""
-    return runs.show_mean(metric, values) + missing if values else "-"
-
-
-def _table(title: str, groups: dict[str, list[int]]) -> rich.table.Table:
-    table = rich.table.Table("", title=title, title_justify="left")
-    for name in groups:
-        table.add_column(escape(name), justify="right", overflow="fold")
-    return table
+def _print(console: rich.console.Console, table: comparison.Table) -> None:
+    shown = rich.table.Table("", title=escape(table.title), title_justify="left")
+    for name in table.columns:
+        shown.add_column(escape(name), justify="right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
 
 
 def _print_ledger(verdicts: dict[str, str]) -> None:

@@ -160,9 +160,14 @@ def test_the_other_modes_work_on_a_bucket(killed_in_gcs, gcs, reference, tmp_pat
 
 
 def test_report_reads_buckets_and_writes_its_figure_to_one(killed_in_gcs, reference, capsys):
-    assert report.main(["gs://bucket/run", str(reference), "--figure=gs://bucket/figure.png"]) == 0
+    arguments = ["gs://bucket/run", str(reference), "--figure=gs://bucket/figure.png", "--html=gs://bucket/page.html"]
+    assert report.main(arguments) == 0
     assert "test/accuracy" in capsys.readouterr().out
     assert storage.path("gs://bucket/figure.png").read_bytes().startswith(b"\x89PNG")
+    page = storage.path("gs://bucket/page.html").read_text()
+    pictures = [name for name in storage.find(storage.path("gs://bucket/run/figures")) if name.endswith(".png")]
+    assert pictures
+    assert page.count("data:image/png;base64,") == 1 + 2 * len(pictures)
     assert report.main(["gs://bucket/none"]) == 2
     assert "there is no run folder gs://bucket/none" in capsys.readouterr().err
 

@@ -158,7 +158,7 @@ def test_published_weights_need_no_run(tmp_path, capsys):
     )
     generate.run(settings, tmp_path / "none", prompt="ab")
     captured = capsys.readouterr()
-    assert "holds no checkpoints: generating with the weights that config.init names" in captured.err
+    assert "holds no checkpoints: taking the weights that config.init names" in captured.err
     assert len(captured.out) > 1
     generate.run(settings, tmp_path / "none", prompt="ab")
     assert capsys.readouterr().out == captured.out

@@ -45,6 +45,31 @@ def test_seeds_are_grouped_and_only_what_differs_is_shown(tmp_path, capsys):
     assert (tmp_path / "out/figure.png").stat().st_size > 1000
 
 
+def test_groups_by_keys_with_a_page_of_one_file(tmp_path, capsys):
+    for seed, accuracy in ((1, 0.82), (0, 0.80), (2, 0.87)):
+        make_run(tmp_path / f"slow{seed}", seed, accuracy)
+        make_run(tmp_path / f"fast{seed}", seed, accuracy + 0.05 + seed / 100, learning_rate=2e-3)
+    runs = sorted(path.name for path in tmp_path.iterdir())
+    arguments = [*runs, "--group=config.optimizer.learning_rate", "--html=pages/comparison.html"]
+    assert report.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "learning_rate=0.002" in printed
+    # 5, 6 and 7 points, by hand: 4.302653 times 1 / sqrt(3) is 2.48.
+    assert "-6.00 points (-8.48 to -3.52; 3 pairs)" in line_of(printed.partition("Differences")[2], "test/accuracy")
+    text = (tmp_path / "pages/comparison.html").read_text()
+    assert "-6.00 points (-8.48 to -3.52; 3 pairs)" in text
+    assert "page: pages/comparison.html (" in printed
+
+
+def test_a_run_that_lacks_a_metric_is_named(tmp_path, capsys):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", 1, metrics={"test/f1": 0.5})
+    assert report.main(["a", "b", "--metrics", "f1|accuracy"]) == 0
+    printed = capsys.readouterr().out
+    assert "Without a finite test/f1: a" in printed
+    assert "Without a finite test/accuracy: b" in printed
+
+
 def test_metrics_chooses_by_regular_expression(tmp_path, capsys):
     make_run(tmp_path / "a")
     assert report.main(["a", "--metrics", "accuracy$"]) == 0
@@ -78,6 +103,10 @@ def test_flatten_goes_into_lists_of_mappings_only():
         (lambda run: None, ["run", "run"], "run is named twice"),
         (lambda run: None, ["run", "--metrics", "["], "'[' is not a regular expression"),
         (lambda run: None, ["run", "--metrics", "test/acuracy"], "did you mean 'test/accuracy'?"),
+        (lambda run: None, ["run", "--group=optimizer.lerning_rate"], "did you mean 'optimizer.learning_rate'?"),
+        (lambda run: None, ["run", "--group=,"], "--group: name keys of the config"),
+        (lambda run: None, ["run", "--html=run"], "--html: run is a folder; name a file"),
+        (lambda run: None, ["--ledger", "--html=x"], "--html cannot be combined with --ledger"),
         (lambda run: None, [], "name the folders of finished runs"),
         (lambda run: None, ["--ledger", "run"], "--ledger takes no RUN"),
         (lambda run: None, ["run", "--into", "x"], "--into cannot be combined with comparing runs"),

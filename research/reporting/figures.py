@@ -11,11 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from research import storage
 
 Rows = Sequence[Mapping[str, float]]  # the lines of a metrics.jsonl, each with its "step"
+Points = tuple[np.ndarray, np.ndarray]  # the steps [n] and the values [n] of a curve
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too (without the yellow).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,6 +30,7 @@ LABELS = {
     "compile_seconds": "compilation (s)",
 }
 DEFAULT_TRAIN_METRICS = ("train/loss", "train/learning_rate")
+BAND_ALPHA = 0.2
 PANEL_INCHES = (3.6, 2.7)
 DOTS_PER_INCH = 150
 
@@ -50,6 +53,7 @@ def curves(
     path: str | pathlib.Path,
     *,
     groups: Mapping[str, str] | None = None,
+    bands: bool = False,
     title: str = "",
 ) -> None:
     """Draw metrics over steps into the PNG file `path`, runs overlaid.
@@ -65,6 +69,8 @@ def curves(
       path: where to write; its folder is made.
       groups: name of a run -> name of its group. A group shares a colour and a legend entry:
         seeds of one configuration. By default each run stands alone.
+      bands: whether a group of several runs is one line, their mean, in a band of one sample deviation: see `band`;
+        else each run is a line of its own.
       title: printed above the panels.
     """
     chosen = default_metrics(runs) if metrics is None else list(metrics)
@@ -81,10 +87,14 @@ def curves(
     colours = _colours(dict.fromkeys(groups[name] for name in runs))
     last_step = max([1, *(row["step"] for rows in runs.values() for row in rows)])
     for panel, (leaf, members) in zip(axes, panels.items()):
-        _draw_panel(panel, leaf, members, runs, groups, colours)
+        _draw_panel(panel, leaf, members, runs, groups, colours, bands)
         panel.set_xlim(-0.03 * last_step, 1.04 * last_step)  # the same in every panel
+    handles: list[Artist] = []
     if len(colours) > 1:
-        handles = [Line2D([], [], color=colours[name], label=name) for name in colours]
+        handles += [Line2D([], [], color=colours[name], label=name) for name in colours]
+    if bands and len(colours) < len(runs):
+        handles.append(Patch(color="0.3", alpha=BAND_ALPHA, label="mean ± sample deviation"))
+    if handles:
         figure.legend(
             handles=handles,
             loc="outside lower center",
@@ -159,17 +169,18 @@ def _draw_panel(
     runs: Mapping[str, Rows],
     groups: Mapping[str, str],
     colours: Mapping[str, str],
+    bands: bool,
 ) -> None:
     """Draw one panel; colour tells groups apart where there are several, else the metrics."""
     several = len(colours) > 1
     own_colours = _colours(metrics)
     legend: dict[str, Line2D] = {}
     for metric, dash in zip(metrics, DASHES * len(metrics)):
-        for name, rows in runs.items():
-            steps, numbers = _points(rows, metric)
-            if len(steps):
-                colour = colours[groups[name]] if several else own_colours[metric]
-                line = _draw_line(axes, metric, steps, numbers, colour, dash if several else "-")
+        for group in colours:
+            points = [_points(rows, metric) for name, rows in runs.items() if groups[name] == group]
+            points = [pair for pair in points if len(pair[0])]
+            colour = colours[group] if several else own_colours[metric]
+            for line in (_draw_group if bands else _draw_each)(axes, metric, points, colour, dash if several else "-"):
                 legend.setdefault(str(line.get_label()), line)
     if list(legend) != [metrics[0]]:  # the title alone would not say it
         handles = [_sample(line, grey=several) for line in legend.values()]
@@ -189,14 +200,62 @@ def _sample(line: Line2D, grey: bool) -> Line2D:
     return sample
 
 
+def _draw_each(axes: Axes, metric: str, points: Sequence[Points], colour: str, dash: str) -> list[Line2D]:
+    """Draw one metric of several runs, each by itself."""
+    return [_draw_line(axes, metric, *pair, colour, dash) for pair in points]
+
+
+def _draw_group(axes: Axes, metric: str, points: Sequence[Points], colour: str, dash: str) -> list[Line2D]:
+    """Draw one metric of a group: its mean in a band; each run by itself where no step is common to them."""
+    window = max((_window(metric, steps) for steps, _ in points), default=1)
+    steps, mean, deviation = band(
+        [(steps, _running_mean(numbers, min(window, len(steps)))) for steps, numbers in points]
+    )
+    if len(points) < 2 or not len(steps):
+        return _draw_each(axes, metric, points, colour, dash)
+    width = 4 if len(steps) == 1 else 0  # of its edge, as a band of one step has no area
+    axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=BAND_ALPHA, linewidth=width)
+    label = f"{metric}, mean of {window} points" if window > 1 else metric
+    marker = _marker(metric, steps)
+    return axes.plot(steps, mean, dash, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
+
+
+def band(points: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (steps [n], mean [n], sample deviation [n]) of runs' curves, over the steps that all of them cover.
+
+    Between the points of a run its values are interpolated linearly, so that runs may have been logged at different
+    steps. No point is left where no step is common to all. The deviation of one run is 0.
+
+    Args:
+      points: (steps [m], values [m]) of each run, by ascending step.
+    """
+    if not points or not all(len(steps) for steps, _ in points):
+        return np.empty(0), np.empty(0), np.empty(0)
+    first, last = max(steps[0] for steps, _ in points), min(steps[-1] for steps, _ in points)
+    every = np.unique(np.concatenate([steps for steps, _ in points]))
+    every = every[(every >= first) & (every <= last)]
+    values = np.stack([np.interp(every, steps, numbers) for steps, numbers in points])
+    deviation = values.std(axis=0, ddof=1) if len(points) > 1 else np.zeros(len(every))
+    return every, values.mean(axis=0), deviation
+
+
+def _window(metric: str, steps: np.ndarray) -> int:
+    """Return how many neighbours a metric is averaged over; a training loss is one of many noisy points."""
+    return max(1, len(steps) // 20) if metric == "train/loss" else 1
+
+
+def _marker(metric: str, steps: np.ndarray) -> str:
+    return "o" if len(steps) == 1 or (len(steps) <= 30 and not metric.startswith("train/")) else ""
+
+
 def _draw_line(axes: Axes, metric: str, steps: np.ndarray, numbers: np.ndarray, colour: str, dash: str) -> Line2D:
     """Draw one metric of one run and return the line that stands for it in the legend."""
-    window = max(1, len(steps) // 20) if metric == "train/loss" else 1
+    window = _window(metric, steps)
     if window > 1:
         axes.plot(steps, numbers, color=colour, alpha=0.25, linewidth=0.8)
         label = f"{metric}, mean of {window} points"
         return axes.plot(steps, _running_mean(numbers, window), dash, color=colour, linewidth=1.6, label=label)[0]
-    marker = "o" if len(steps) == 1 or (len(steps) <= 30 and not metric.startswith("train/")) else ""
+    marker = _marker(metric, steps)
     return axes.plot(steps, numbers, dash, color=colour, marker=marker, markersize=4, linewidth=1.6, label=metric)[0]
 
 

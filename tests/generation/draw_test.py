@@ -131,7 +131,7 @@ def test_published_weights_need_no_run(tmp_path, capsys):
     config.task.sampling.steps, config.batch_size = 3, 2
     generate.run(config, tmp_path / "none", prompt="2*3", output=str(tmp_path / "x.npz"))
     captured = capsys.readouterr()
-    assert "holds no checkpoints: generating with the weights" in captured.err
+    assert "holds no checkpoints: taking the weights" in captured.err
     found = np.load(tmp_path / "x.npz")["image"]
     assert found.shape == (3, 8, 8, 4)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(3))

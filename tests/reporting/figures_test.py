@@ -61,3 +61,40 @@ def test_results_draw_one_run_and_many(tmp_path):
     values = {"ours": [0.85, 0.86, 0.87], "theirs": [0.84]}
     figures.results(values, "test/accuracy", tmp_path / "results.png", reference=("published", 0.85), title="title")
     assert ink(tmp_path / "results.png") > 0.005
+
+
+def test_a_band_is_the_mean_and_the_sample_deviation_where_all_runs_are():
+    curves = [
+        (np.array([0.0, 10.0, 20.0]), np.array([1.0, 2.0, 3.0])),
+        (np.array([10.0, 20.0, 30.0]), np.array([4.0] * 3)),
+    ]
+    steps, mean, deviation = figures.band(curves)
+    assert steps.tolist() == [10, 20]
+    np.testing.assert_allclose(mean, [3, 3.5])
+    np.testing.assert_allclose(deviation, [np.std([2, 4], ddof=1), np.std([3, 4], ddof=1)])
+    # Another run was logged at other steps: it is interpolated.
+    steps, mean, _ = figures.band([*curves[:1], (np.array([5.0, 15.0]), np.array([0.0, 10.0]))])
+    assert steps.tolist() == [5, 10, 15]
+    np.testing.assert_allclose(mean, [(1.5 + 0) / 2, (2 + 5) / 2, (2.5 + 10) / 2])
+    assert not len(figures.band([(np.array([1.0]), np.array([1.0])), (np.array([2.0]), np.array([1.0]))])[0])
+    assert not len(figures.band([])[0])
+
+
+def test_a_group_is_drawn_as_its_mean_in_a_band(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        figures.Axes, "fill_between", lambda self, steps, low, high, **_: drawn.append((steps, low, high))
+    )
+    several = {f"run{i}": [{"step": s, "test/loss": float(i * s)} for s in (1, 2)] for i in range(3)}
+    groups = {"run0": "ours", "run1": "ours", "run2": "theirs"}
+    figures.curves(several, None, tmp_path / "bands.png", groups=groups, bands=True)
+    ((steps, low, high),) = drawn  # none around a single run
+    assert steps.tolist() == [1, 2]
+    np.testing.assert_allclose((low + high) / 2, [0.5, 1.0])
+    np.testing.assert_allclose((high - low) / 2, np.array([1, 2]) * np.std([0, 1], ddof=1))
+
+
+def test_groups_whose_runs_share_no_step_are_drawn_one_by_one(tmp_path):
+    several = {"a": [{"step": 1, "test/loss": 1.0}], "b": [{"step": 2, "test/loss": 2.0}]}
+    figures.curves(several, None, tmp_path / "each.png", groups=dict.fromkeys(several, "one"), bands=True)
+    assert ink(tmp_path / "each.png") > 0.005
