@@ -3,7 +3,7 @@ VENV ?= .venv
 EXTRAS ?= test
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart install test test-slow test-core test-peers test-buckets plans lint format clean
+.PHONY: quickstart install test test-slow test-core test-peers test-buckets test-gpu-compiler plans lint format clean
 
 quickstart: $(VENV)/installed        ## fine-tune a published encoder on movie reviews, on a CPU
 	$(RUN) -m research.main --config=configs/movie_snippets.py --workdir=runs/quickstart
@@ -24,6 +24,9 @@ test-peers: $(VENV)/installed-test   ## comparisons with PyTorch and Transformer
 
 test-buckets: $(VENV)/installed-test ## runs in buckets, against servers on this machine (EXTRAS=test,buckets-test)
 	$(RUN) -m pytest -q -m "slow or not slow" tests/storage_test.py tests/buckets_test.py
+
+test-gpu-compiler: $(VENV)/installed-test ## training steps compiled for GPUs that are not here (EXTRAS=test,gpu-compiler)
+	$(RUN) -m pytest -q tests/runtime/absent_gpus_test.py
 
 plans: $(VENV)/installed-tpu         ## what the published configs need on the TPU slices that they name; takes hours
 	$(RUN) experiments/plans/plan_all.py

@@ -22,6 +22,7 @@ from research.errors import UserError, nearest
 from research.experiment import Experiment
 from research.reporting.record import write_json
 from research.reporting.writers import Progress, duration
+from research.runtime import absent_gpus
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann 2022, section 3)
 STEPS = 10_000  # assumed where a config counts epochs of data that are not here
@@ -69,8 +70,8 @@ def run(
       config: see README.md. Its section `plan` may say what the data would: `vocab_size`, `length`, `examples`, and the
         `topology`; and what is `published` of a run like it.
       workdir: not used.
-      topology: "v5p:4x4x4", any TPU slice that libtpu knows; "cpu" or "gpu", the devices that are here; "h100x8" and
-        the like, by arithmetic. The config's where it is None.
+      topology: "v5p:4x4x4", any TPU slice that libtpu knows; "h100x8" and the like, by arithmetic where the extra
+        "gpu-compiler" is missing; "cpu" or "gpu", the devices that are here. The config's where it is None.
       output: a file for the result as JSON.
       utilisation: the share of the chips' peak at which hours are told, beside those at the bound.
       price: of a chip and hour.
@@ -103,7 +104,8 @@ def find_target(name: str) -> Target:
         kind, count = found[1], int(found[2])
         if kind not in flops.CHIPS:
             raise UserError(f"--topology: unknown chip '{kind}'{nearest(kind, flops.CHIPS)}")
-        return Target(name, count, count, flops.CHIPS[kind])
+        chip = flops.CHIPS[kind]
+        return Target(name, absent_gpus.devices(kind, count, chip.memory, chip.bandwidth) or count, count, chip)
     if ":" not in name:
         if name != jax.default_backend():
             raise UserError(f"--topology: '{name}' is not here; a TPU slice is written v5e:4x4, GPUs h100x8")
@@ -146,21 +148,26 @@ def needs(config: ConfigDict, target: Target) -> dict[str, Any]:
         "operations": flops.of_training(experiment.trained_task, params, experiment.spec),
         "link_bytes": _link_bytes(experiment),
     }
-    if isinstance(target.devices, int):
+    compiled = None if isinstance(target.devices, int) else _compiled(experiment, target)
+    if compiled is None:
         least = 2 * result["parameter_bytes"] + result["optimizer_bytes"]  # with gradients, and without activations
-        return result | {"compiled": False, "fits": False if least > (target.memory or least) else None}
-    return result | _compiled(experiment, target)
+        compiled = {"compiled": False, "fits": False if least > (target.memory or least) else None}
+    return result | compiled
 
 
-def _compiled(experiment: Experiment, target: Target) -> dict[str, Any]:
-    """Compile the real step, and return what the compiler says of its memory."""
+def _compiled(experiment: Experiment, target: Target) -> dict[str, Any] | None:
+    """Compile the real step, and return what the compiler says of its memory; None where it cannot be compiled here."""
     rows = NamedSharding(experiment.mesh, P(("data", "fsdp")))
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in experiment.spec.items()}
     print(f"compiling the step for {target.name}", file=sys.stderr, flush=True)
     begin = time.monotonic()
     try:
-        compiled = train.jit_step(experiment).lower(experiment.abstract_state, batch).compile()
-    except jax.errors.JaxRuntimeError as error:
+        with absent_gpus.assumed_cudnn(list(experiment.mesh.devices.flat)):
+            compiled = train.jit_step(experiment).lower(experiment.abstract_state, batch).compile()
+    except RuntimeError as error:
+        if "Unknown backend" in str(error):
+            print("the step calls back to the host, which only GPUs that are here can: by arithmetic", file=sys.stderr)
+            return None
         seconds = time.monotonic() - begin
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -9,6 +9,7 @@ import pytest
 
 from research import main, plan
 from research.configuration import overrides
+from research.runtime import absent_gpus
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
@@ -16,6 +17,7 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 @pytest.fixture
 def planned(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(absent_gpus, "_installed", lambda: False)
 
     def run(config, *flags, status=0):
         output = tmp_path / "plan.json"
