@@ -45,7 +45,8 @@ Flags:
   --metric        sweep: by which points are ranked, test/accuracy or test/loss:min; config.checkpoint.best by default
   --halving       sweep: successive halving; 3 lets the best third go on, at growing shares of the run
   --topology      plan, choose: a TPU slice (v5e:4x4, v5p:4x4x8), compiled for with the extra "tpu"; GPUs (h100x8), with
-                  the extra "gpu-compiler", and else by arithmetic; or cpu. By default the config's own, config.plan.topology; else, in choose, what is here
+                  the extra "gpu-compiler", and else by arithmetic; or cpu. By default the config's own,
+                  config.plan.topology; else, in choose, what is here
   --utilisation   plan: the share of the peak at which hours are told; 0.4 by default
   --price         plan: of a chip and hour
   --trust         modules whose code the config.json of a run's folder may call besides this package's models, tasks,
