@@ -236,7 +236,7 @@ class EncoderDecoder(nn.Module):
             positions_BxS,
             decoder_positions_BxT,
         )
-        return self.logits(hidden_BxTxD)
+        return self.logits(hidden_BxTxD).astype(jnp.float32)
 
     def encode(
         self,
@@ -305,10 +305,10 @@ class EncoderDecoder(nn.Module):
         )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Map hidden states [..., D] to logits float32 [..., V]."""
+        """Map hidden states [..., D] to logits [..., V], in `dtype` as they were computed, or float32 with a bias."""
         hidden *= jnp.asarray(self.logits_scale, hidden.dtype)
-        logits = (self.word.attend(hidden) if self.tie_embeddings else self.head(hidden)).astype(jnp.float32)
-        return logits + self.head_bias if self.logits_bias else logits
+        logits = self.word.attend(hidden) if self.tie_embeddings else self.head(hidden)
+        return logits.astype(jnp.float32) + self.head_bias if self.logits_bias else logits
 
     def _embed(
         self,

@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         positions_BxT: jax.Array | None = None,
     ) -> jax.Array:
         """Map token ids int32 [B, T] to logits float32 [B, T, V] of the tokens that follow; see `hidden`."""
-        return self.logits(self.hidden(input_ids_BxT, attention_mask_BxS, positions_BxT))
+        return self.logits(self.hidden(input_ids_BxT, attention_mask_BxS, positions_BxT)).astype(jnp.float32)
 
     def hidden(
         self,
@@ -221,6 +221,8 @@ class Decoder(nn.Module):
         return self.norm_out(x_BxTxD)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Map hidden states [..., D] to logits float32 [..., V]."""
-        logits = (self.word.attend(hidden) if self.tie_embeddings else self.head(hidden)).astype(jnp.float32)
-        return logits if self.logits_softcap is None else layers.soft_cap(logits, self.logits_softcap)
+        """Map hidden states [..., D] to logits [..., V], in `dtype` as they were computed, or float32 where capped."""
+        logits = self.word.attend(hidden) if self.tie_embeddings else self.head(hidden)
+        if self.logits_softcap is None:
+            return logits
+        return layers.soft_cap(logits.astype(jnp.float32), self.logits_softcap)

@@ -96,12 +96,11 @@ def sums(
     """Return the weighted sums of `token_losses`, of the losses without smoothing and z-loss, and of what is right.
 
     Only the first has a gradient. On GPUs a kernel makes it while it reads the logits, where one device has all of a
-    row's.
+    row's, and they come as a product of 16 bits made them: converted ones would have to be written first.
     """
-    compute = _plain_sums
     mesh = jax.sharding.get_abstract_mesh()
-    if fused_cross_entropy is not None and sharding.platform() == "gpu" and (mesh.empty or mesh.shape["model"] == 1):
-        compute = _fused_sums
+    served = fused_cross_entropy is not None and sharding.platform() == "gpu" and logits_BxTxV.dtype.itemsize == 2
+    compute = _fused_sums if served and (mesh.empty or mesh.shape["model"] == 1) else _plain_sums
     return compute(logits_BxTxV, targets_BxT, weights_BxT, label_smoothing, z_loss)
 
 

@@ -117,18 +117,20 @@ class LoRA:
         return self.task.describe(output)
 
     def _add(self, call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        """Add s x A B to the output of a linear layer that has the matrices."""
-        outputs, module = call(*args, **kwargs), context.module
+        """Add s x A B to the output of a linear layer that has the matrices, before its activation."""
+        module = context.module
         is_call = context.method_name == "__call__" and isinstance(module, layers.Dense)
         if not is_call or not module.has_variable("params", DOWN):
-            return outputs
-        x = args[0]
+            return call(*args, **kwargs)
+        x, *activate = args
+        outputs = call(x)
         if self.dropout and module.has_rng("dropout"):
             kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         down: jax.Array = module.get_variable("params", DOWN).astype(outputs.dtype)
         up: jax.Array = module.get_variable("params", UP).astype(outputs.dtype)
-        return outputs + (self.scale * (x.astype(outputs.dtype) @ down @ up)).astype(outputs.dtype)
+        outputs += (self.scale * (x.astype(outputs.dtype) @ down @ up)).astype(outputs.dtype)
+        return layers.in_float32(activate[0])(outputs) if activate else outputs
 
     def _together(self, params: Params) -> dict[str, Any]:
         return {**_flat(params["base"]), **_flat(params.get("whole", {}))}

@@ -42,7 +42,7 @@ def hidden(
 
 def logits(model: nn.Module, params: Params, hidden: jax.Array) -> jax.Array:
     """Return the logits float32 [..., V] of hidden states [..., D]."""
-    return jnp.asarray(model.apply({"params": params}, hidden, method="logits"))
+    return jnp.asarray(model.apply({"params": params}, hidden, method="logits"), jnp.float32)
 
 
 def score(
@@ -75,7 +75,10 @@ def score(
         hidden_BxTxD = jnp.take_along_axis(hidden_BxTxD, chosen_BxN[..., None], 1)
 
     def sums(params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-        return cross_entropy.sums(logits(model, params, hidden), targets, weights, label_smoothing, z_loss)
+        computed = jnp.asarray(
+            model.apply({"params": params}, hidden, method="logits")
+        )  # in the dtype that it comes in
+        return cross_entropy.sums(computed, targets, weights, label_smoothing, z_loss)
 
     size = block(model, params, hidden_BxTxD, chunk)
     with jax.named_scope("loss"):

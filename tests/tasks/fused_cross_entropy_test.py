@@ -48,9 +48,11 @@ def test_logits_may_be_infinite_and_rows_of_no_weight_anything(monkeypatch):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("platform", "count"), [("gpu", 1), ("cpu", 0)])
-def test_a_gpu_has_it_where_there_is_a_gradient_to_make(platform, count):
-    inputs = operands("bfloat16", 50304)
+@pytest.mark.parametrize(
+    ("platform", "dtype", "count"), [("gpu", "bfloat16", 1), ("gpu", "float32", 0), ("cpu", "bfloat16", 0)]
+)
+def test_a_gpu_has_it_where_there_is_a_gradient_to_make(platform, dtype, count):
+    inputs = operands(dtype, 50304)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice("it", None, platform))
 
     def total(logits):
