@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from research import sharding, step, storage
 from research.build import build, invoke, locate
-from research.checkpoint import Checkpoints
+from research.checkpoint import Checkpoints, Elsewhere
 from research.configuration import trust
 from research.data.dataset import Dataset, Source
 from research.data.tokenizer import read
@@ -278,8 +278,11 @@ class Experiment:
         """Return a new train state; pure. See `step.init_state`."""
         return step.init_state(self.trained_task, self.optimizer, self.spec, self.config.get("seed", 0), loaded)
 
-    def pretrained(self) -> Params | None:
-        """Read the weights that `config.init` names; None where the parameters it lacks are to be initialised."""
+    def pretrained(self, again: bool = False) -> Params | None:
+        """Read the weights that `config.init` names; None where the parameters it lacks are to be initialised.
+
+        `again` says that they were read before, and what is new announced.
+        """
         if not self.config.get("init"):
             return None
         shapes, adapter = self._model_shapes, self.trained_task
@@ -293,9 +296,9 @@ class Experiment:
                     f"config.init: it lacks {lost[0]}, which would stay random; name it in config.task.whole"
                 )
             loaded = {**shapes, **adapter.divide(loaded)}
-        if report.new:
+        if report.new and not again:
             logging.warning("newly initialised, as the weights hold none: %s", ", ".join(report.new))
-        if report.unused:
+        if report.unused and not again:
             logging.info("not used: %s", ", ".join(report.unused))
 
         def place(x: Any, shape: jax.ShapeDtypeStruct) -> jax.Array | None:
@@ -317,7 +320,35 @@ class Experiment:
 
     def checkpoints(self, workdir: pathlib.Path, read_only: bool = False) -> Checkpoints:
         """Open the checkpoints of the run in `workdir`."""
-        return self._invoke("checkpoint", directory=workdir / "checkpoints", read_only=read_only)
+        elsewhere = Elsewhere(self._unsaved, self._read_unsaved) if self._unsaved else None
+        folder = workdir / "checkpoints"
+        return self._invoke("checkpoint", directory=folder, read_only=read_only, elsewhere=elsewhere)
+
+    @property
+    def _unsaved(self) -> tuple[str, ...]:
+        """Regular expressions of the parameters that checkpoints leave out: config.init gives them, and none changes.
+
+        What is drawn from the seed is saved, as other devices may draw other last bits; so is another run's, such as a
+        teacher's, without which its student must be of use.
+        """
+        if not self.config.get("init"):
+            return ()
+        if isinstance(self.trained_task, Adapts):
+            return ("^base/",)
+        # The schedule-free parameters are interpolated anew at every step, the fixed ones too, to the last bit or not.
+        still = self._section("optimizer").get("schedule_free") is None
+        return self.task.fixed if still and isinstance(self.task, KeepsStart) else ()
+
+    def _read_unsaved(self) -> dict[str, jax.Array]:
+        """Return the parameters that checkpoints leave out as they are when training begins."""
+
+        def chosen(params: Params) -> dict[str, Any]:
+            flat = flax.traverse_util.flatten_dict(params, sep="/")
+            return {name: x for name, x in flat.items() if any(re.search(p, name) for p in self._unsaved)}
+
+        shardings = jax.tree.map(lambda x: x.sharding, chosen(self.abstract_state.params))
+        start = jax.jit(lambda loaded: chosen(self.init_state(loaded).params), out_shardings=shardings)
+        return start(self.pretrained(again=True))
 
     @property
     def resolved(self) -> dict[str, Any]:
