@@ -46,11 +46,11 @@ class Elsewhere:
     """Parameters that checkpoints leave out, because they never change and can be read again where they came from.
 
     Attributes:
-      patterns: regular expressions of their paths.
+      names: their paths.
       read: () -> {path: array} of these parameters, each where the train state has it.
     """
 
-    patterns: tuple[str, ...]
+    names: tuple[str, ...]
     read: Callable[[], dict[str, jax.Array]]
 
 
@@ -133,9 +133,7 @@ class Checkpoints:
         self._kept.best = best
         arrays = _describe(state, _sums(jax.tree.leaves(state)))
         # A copy: Orbax writes it later, in a thread, while the caller changes it.
-        names = _flat(state.params)
-        patterns = self._elsewhere.patterns if self._elsewhere else ()
-        outside = [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+        outside = list(self._elsewhere.names) if self._elsewhere else []
         if exists:  # its arrays stay, and what they leave out
             self.wait()
             outside = self._extras(step).get("elsewhere", [])
@@ -211,7 +209,7 @@ class Checkpoints:
         return self._with(state, outside, stored), extras
 
     def _with(self, state: TrainState, outside: Sequence[str], stored: Mapping[str, list[Any]]) -> TrainState:
-        """Return a state with the parameters that its checkpoint leaves out, or raise UserError if they have changed."""
+        """Return a state with what its checkpoint leaves out, or raise UserError where that is not what it was."""
         if not outside:
             return state
         if self._elsewhere is None:
@@ -224,7 +222,7 @@ class Checkpoints:
                     "a run that went on"
                 )
         params = _flat(state.params) | {name: read[name] for name in outside}
-        return state.replace(params=flax.traverse_util.unflatten_dict(params, sep="/"))
+        return _of(state, params)
 
     def _extras(self, step: int) -> dict[str, Any]:
         """Read and verifies what is not an array."""
@@ -349,12 +347,16 @@ def _flat(params: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(params, sep="/")
 
 
+def _of(state: TrainState, flat: Mapping[str, Any]) -> TrainState:
+    """Return a state with other parameters."""
+    params = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
+    return TrainState(state.step, params, state.opt_state, state.rng)
+
+
 def _without(state: TrainState, outside: Sequence[str]) -> TrainState:
     """Return a state without some of its parameters."""
-    if not outside:
-        return state
-    params = {name: leaf for name, leaf in _flat(state.params).items() if name not in set(outside)}
-    return state.replace(params=flax.traverse_util.unflatten_dict(params, sep="/"))
+    kept = {name: leaf for name, leaf in _flat(state.params).items() if name not in set(outside)}
+    return _of(state, kept) if outside else state
 
 
 def quieten() -> None:

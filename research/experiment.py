@@ -24,7 +24,7 @@ from research.data.dataset import Dataset, Source
 from research.data.tokenizer import read
 from research.errors import UserError, nearest
 from research.generation.decoding import Decoding
-from research.optimizer import Optimizer
+from research.optimizer import Optimizer, moving
 from research.reporting.record import read_config
 from research.task import Adapts, Borrows, KeepsStart, NeedsWholeBatch, Params, Spec, Task
 
@@ -326,25 +326,28 @@ class Experiment:
 
     @property
     def _unsaved(self) -> tuple[str, ...]:
-        """Regular expressions of the parameters that checkpoints leave out: config.init gives them, and none changes.
+        """The paths of the parameters that checkpoints leave out: config.init gives them, and they are frozen.
 
-        What is drawn from the seed is saved, as other devices may draw other last bits; so is another run's, such as a
-        teacher's, without which its student must be of use.
+        What is drawn from the seed is saved, as other devices may draw other last bits; so are the parameters of
+        another run, such as a teacher's, without which its student must be of use.
         """
-        if not self.config.get("init"):
+        section = self._section("optimizer")
+        # The schedule-free parameters are interpolated anew at every step, and may lose the last bit, frozen or not.
+        if not self.config.get("init") or section.get("schedule_free") is not None or section.get("call"):
             return ()
-        if isinstance(self.trained_task, Adapts):
-            return ("^base/",)
-        # The schedule-free parameters are interpolated anew at every step, the fixed ones too, to the last bit or not.
-        still = self._section("optimizer").get("schedule_free") is None
-        return self.task.fixed if still and isinstance(self.task, KeepsStart) else ()
+        trained = flax.traverse_util.flatten_dict(
+            moving(section.get("freeze") or (), self.abstract_state.params), sep="/"
+        )
+        kept = [name for name in trained if any(re.search(pattern, name) for pattern in self._borrowed)]
+        return tuple(name for name, trains in trained.items() if not trains and name not in kept)
 
     def _read_unsaved(self) -> dict[str, jax.Array]:
         """Return the parameters that checkpoints leave out as they are when training begins."""
+        names = self._unsaved
 
         def chosen(params: Params) -> dict[str, Any]:
             flat = flax.traverse_util.flatten_dict(params, sep="/")
-            return {name: x for name, x in flat.items() if any(re.search(p, name) for p in self._unsaved)}
+            return {name: flat[name] for name in names}
 
         shardings = jax.tree.map(lambda x: x.sharding, chosen(self.abstract_state.params))
         start = jax.jit(lambda loaded: chosen(self.init_state(loaded).params), out_shardings=shardings)

@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import flax.traverse_util
 import jax
 import numpy as np
 import pytest
