@@ -286,7 +286,7 @@ class Experiment:
         if not self.config.get("init"):
             return None
         shapes, adapter = self._model_shapes, self.trained_task
-        theirs = jax.eval_shape(adapter.merge, shapes) if isinstance(adapter, Adapts) else shapes
+        theirs = adapter.join(shapes) if isinstance(adapter, Adapts) else shapes
         loaded, report = self._invoke("init", model=self.task.model, params_shape=theirs)
         if lost := [name for name in report.new for pattern in self._borrowed if re.search(pattern, name)]:
             raise UserError(f"config.init: it lacks {lost[0]}, which must come from another run")
