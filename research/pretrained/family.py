@@ -257,8 +257,8 @@ class Family:
       unused: regular expressions of the names of tensors that may be left unread, as those of other kinds may be.
       copies: which of those, where they are left unread, must equal another tensor.
       rename: returns what the table calls a tensor for the name that a file has for it.
-      modules: (regular expression, replacement), applied in turn to a file's names: what Transformers 5 calls modules in
-        memory, and with it adapters' files, where that is not what it calls them in files of weights.
+      modules: (regular expression, replacement), applied in turn to a file's names: what Transformers 5 calls modules
+        in memory, and with it files of adapters, where that is not what it calls them in files of weights.
       diffusers: for a family of Diffusers, its classes, by whose names folders are known instead of a model_type.
     """
 

@@ -55,7 +55,7 @@ def save(folder: pathlib.Path, task: Adapter, params: Mapping[str, Any], base: s
     if folder.exists():
         raise UserError(f"{folder} exists already; name another folder to write the adapter to")
     whole, own = flat(params.get("whole", {})), flat(params[task.part])
-    arrays, places = flat(task.join(params)), {name.rpartition("/")[0] + "/" for name in own}
+    arrays, places = flat(task.join(params)), {name.removesuffix(name.rpartition("/")[2]) for name in own}
     lines = {module: (line, index) for line, _, module, _, index in _lines(task.model, arrays, model_type)}
     adapted = {name: at for name, at in lines.items() if _place(at[0]) in places}
     kept = sorted({name.rpartition(".")[0] for name, (line, _) in lines.items() if set(line.ours) & set(whole)})
@@ -164,7 +164,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _merged(config: Mapping[str, Any], kind: str, array: np.ndarray, own: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return a module's "weight" [out, in], or [in, out] where it fans in first, or its "bias", with an adapter's own."""
+    """Return a module's "weight", [out, in], or [in, out] with fan_in_fan_out, or its "bias", with an adapter's own."""
     fan_in_first = bool(config.get("fan_in_fan_out"))
     if (vector := own.get("ia3_l")) is not None:
         if kind == "bias":  # multiplied where the outputs are, [out, 1], and not where the inputs are, [1, in]
@@ -201,6 +201,6 @@ def _lines(
             yield line, name, family.in_memory(name), ours, index
 
 
-def _place(line: Tensor) -> str | None:
-    """Return where an adapter's own parameters beside a line's kernel stand, if it is one."""
-    return line.ours[0].removesuffix("kernel") if line.ours[0].endswith("kernel") else None
+def _place(line: Tensor) -> str:
+    """Return where an adapter's own parameters beside a line's kernel stand; "" where it is no kernel."""
+    return line.ours[0].removesuffix("kernel") if line.ours[0].endswith("kernel") else ""

@@ -1,8 +1,8 @@
 """What the tasks share that train a few parameters beside a frozen model (`Adapts`): what is kept and how it is found.
 
-Their parameters are {"base": what is frozen, "whole": what trains as it is, and a part of their own}. In training their
-own parameters stand beside the model's, and an interceptor of the model's layers applies them, so that no model knows of
-them; to evaluate, predict and export they are merged into the model's parameters.
+Their parameters are {"base": what is frozen, "whole": what trains as it is, and a part of their own}. In training the
+latter stand beside the model's, and an interceptor of the model's layers applies them, so that no model knows of them;
+to evaluate, predict and export they are merged into the model's parameters.
 """
 
 import dataclasses

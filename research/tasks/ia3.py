@@ -1,4 +1,4 @@
-"""(IA)^3 (Liu 2022) around any task: the base stays as it is, and vectors train that its activations are multiplied by."""
+"""(IA)^3 (Liu 2022) around any task: the base stays as it is, and vectors that multiply its activations train."""
 
 import dataclasses
 from collections.abc import Mapping

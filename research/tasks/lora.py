@@ -112,7 +112,7 @@ class LoRA(Adapter):
         return layers.in_float32(activate[0])(outputs) if activate else outputs
 
     def _rescale(
-        self, module: layers.Dense, outputs: jax.Array, product: jax.Array, down: jax.Array, up: jax.Array
+        self, module: nn.Module, outputs: jax.Array, product: jax.Array, down: jax.Array, up: jax.Array
     ) -> jax.Array:
         """Return x (W + s A B) m / |W + s A B| + bias of the outputs x W + bias and s x A B, in the outputs' dtype.
 
@@ -121,7 +121,7 @@ class LoRA(Adapter):
         kernel: jax.Array = module.get_variable("params", "kernel")
         norm = jax.lax.stop_gradient(magnitudes(kernel + self._product(down, up)))
         factor = _ratio(module.get_variable("params", MAGNITUDE), norm)
-        bias: jax.Array | float = module.get_variable("params", "bias") if module.use_bias else 0.0
+        bias: Any = module.get_variable("params", "bias") if module.has_variable("params", "bias") else 0.0
         # (outputs - bias) * factor + bias, which leaves the outputs as they are where the factor is 1.
         scaled = outputs.astype(jnp.float32) * factor + bias * (1 - factor)
         return (scaled + product * factor).astype(outputs.dtype)

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 IDS = np.arange(3, 19, dtype=np.int32).reshape(2, 8)
 IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SIZES |= {"initializer_range": 0.2}
 IMAGE = {"image_size": 32, "patch_size": 16, "num_labels": 3}
 CASES = {
     "bert": (transformers.BertForSequenceClassification, transformers.BertConfig(vocab_size=40, num_labels=3, **SIZES)),
