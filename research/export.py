@@ -21,6 +21,7 @@ from research.reporting.record import write_json
 from research.task import Params
 from research.tasks.ia3 import IA3
 from research.tasks.lora import LoRA
+from research.tasks.prompt_tuning import check_no_prompt
 
 PROBLEMS = {
     "softmax": "single_label_classification",
@@ -48,6 +49,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
       the folder.
     """
     experiment = Experiment(config, workdir=workdir)
+    check_no_prompt(experiment.task, "--mode=export")
     step, trained = restore_trained(experiment, workdir, checkpoint)
     params = experiment.merged(trained)
     folder = storage.path(output) if output else workdir / "export"
