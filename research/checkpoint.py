@@ -134,11 +134,7 @@ class Checkpoints:
         arrays = _describe(state, _sums(jax.tree.leaves(state)))
         # A copy: Orbax writes it later, in a thread, while the caller changes it.
         outside = list(self._elsewhere.names) if self._elsewhere else []
-        if exists:  # its arrays stay, and what they leave out
-            self.wait()
-            outside = self._extras(step).get("elsewhere", [])
         content = json.loads(json.dumps({**extras, "arrays": arrays, "elsewhere": outside, "best": best}))
-        content |= {"digest": _digest(content)}
         with _saving():
             if exists:
                 self._replace_extras(step, content)
@@ -146,7 +142,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_without(state, outside)), extras=ocp.args.JsonSave(content)
+                    state=ocp.args.StandardSave(_without(state, outside)), extras=ocp.args.JsonSave(_signed(content))
                 ),
                 force=True,
             )
@@ -307,8 +303,11 @@ class Checkpoints:
 
     def _replace_extras(self, step: int, content: Mapping[str, Any]) -> None:
         """Replace the extras of a checkpoint, and delete those that are no longer kept, such as one that was best."""
+        self.wait()
         if jax.process_index() == 0:
-            storage.write(self._extras_file(step), json.dumps(content).encode())
+            outside = self._extras(step).get("elsewhere", [])  # its arrays stay, and what they leave out
+            signed = _signed({**content, "elsewhere": outside})
+            storage.write(self._extras_file(step), json.dumps(signed).encode())
         multihost_utils.sync_global_devices(f"extras-{step}")
         for dropped in dropped_steps(self._kept, self.steps()):
             self._staged.delete(dropped) if self._staged else self._manager.delete(dropped)
@@ -421,6 +420,10 @@ def _check_arrays(name: str, wanted: Mapping[str, list[Any]], stored: Mapping[st
         here, there = (arrays.get(path, ["missing"])[0] for arrays in (wanted, stored))
         if here != there:
             raise UserError(f"{name} holds another model: {path} is {there} there and {here} in this config")
+
+
+def _signed(extras: Mapping[str, Any]) -> dict[str, Any]:
+    return {**extras, "digest": _digest(extras)}
 
 
 def _digest(extras: Mapping[str, Any]) -> str:
