@@ -134,8 +134,8 @@ class Question:
     Attributes:
       title: what is explained, in words: "the class 'positive'".
       batch: the features of the example, [1, ...] each.
-      inputs: the features that the model is called with, in order; those that `batch` lacks are None. Of "image", and of
-        all whose name ends in "input_ids", is said how much they matter.
+      inputs: the features that the model is called with, in order; those that `batch` lacks are None. What is explained
+        is attributed to "image", and to all whose name ends in "input_ids".
       score: a function (model, inputs, choice) -> float32 [B, P] that `apply` calls as a method: P numbers, the sum of
         which is explained. A function of a module, not a closure: programs are kept for each.
       choice: what `score` gets besides, such as the number of a class.

@@ -52,7 +52,7 @@ def _quadrature(
     gradients: Callable[[Arrays], Arrays], x: Arrays, baseline: Arrays, nodes: int
 ) -> dict[str, np.ndarray]:
     places, weights = np.polynomial.legendre.leggauss(nodes)
-    # From [-1, 1] to [0, 1], and close to the baseline: where that is a grey image, norms make its neighbours differ most.
+    # From [-1, 1] to [0, 1], and near the baseline: where that is a grey image, norms make its neighbours differ most.
     halves = (places + 1) / 2
     places, weights = halves**POWER, weights / 2 * POWER * halves ** (POWER - 1)
     means = {name: np.zeros(np.shape(value), np.float64) for name, value in x.items()}
@@ -80,9 +80,9 @@ def occlusion(score: Callable[[np.ndarray], np.ndarray], variants: np.ndarray, o
     falls = np.zeros(len(variants))
     for start in range(0, len(variants), NODES):
         part = variants[start : start + NODES]
-        falls[start : start + len(part)] = output - np.asarray(score(np.resize(part, (NODES, *part.shape[1:]))))[
-            : len(part)
-        ]
+        falls[start : start + len(part)] = (
+            output - np.asarray(score(np.resize(part, (NODES, *part.shape[1:]))))[: len(part)]
+        )
     return falls
 
 

@@ -33,12 +33,13 @@ class Explanation:
       outputs: float64 [P]: its parts.
       baseline: the number where every token is the blank one, and every image grey.
       points: on the path of integrated gradients.
+      square: the side in pixels of the squares of an image that are hidden in turn: a patch's where there are patches.
       ids: {feature: int [T]}: the tokens of each text.
       attributions: {method: {feature: float64}}, by "gradient_x_input", "integrated_gradients" and "occlusion".
       parts: {feature: float64 [P, T]}: gradient x input of every part; empty where there is but one.
       attention: {path: float32 [L, H, T, S]} between tokens, and [L, H, S] from the question's position to an image.
       rollout: {path: float64 [S]}: the attention rollout of the question's position after the last layer.
-      norms: {path: float64 [L + 1, T]}: lengths of the residual stream's vectors, before the first block and after each.
+      norms: {path: float64 [L + 1, T]}: lengths of the residual stream's vectors, before the first block, after each.
       lens_ids: int [L + 1, T, 5], the tokens that the logit lens reads, likeliest first; None where it does not apply.
       lens_log: float64, their log-likelihoods.
     """
@@ -48,6 +49,7 @@ class Explanation:
     outputs: np.ndarray
     baseline: float
     points: int
+    square: int
     ids: Mapping[str, np.ndarray]
     attributions: Mapping[str, Mapping[str, np.ndarray]]
     parts: Mapping[str, np.ndarray]
@@ -107,6 +109,7 @@ class Explainer:
             outputs=outputs,
             baseline=start,
             points=points,
+            square=self._square(question.batch),
             ids={name: np.asarray(question.batch[name])[0][real[name]] for name in x if name in real},
             attributions={
                 method: {name: value[real[name]] if name in real else value for name, value in features.items()}
@@ -161,7 +164,7 @@ class Explainer:
 
         here = {name: value[0] for name, value in gradients(_repeated(x)).items()}
         product = attribution.gradient_x_input(here, ends[0])
-        integrated, points = attribution.integrated_gradients(gradients, *ends, difference)
+        integrated, points = attribution.integrated_gradients(gradients, ends[0], ends[1], difference)
         found = {"gradient_x_input": product, "integrated_gradients": integrated}
         summed = {
             method: {name: value.sum(axis=-1) for name, value in features.items()} for method, features in found.items()
@@ -186,7 +189,7 @@ class Explainer:
                 return np.asarray(self._variants(*self._asked(question), {name: jnp.asarray(variants)}))
 
             if name == IMAGE:
-                places: list[Any] = list(attribution.windows(whole.shape[:2], self._side(whole.shape[:2])))
+                places: list[Any] = list(attribution.windows(whole.shape[:2], self._square(question.batch)))
             else:
                 places = np.flatnonzero(self._hideable(question.batch, name)).tolist()
             values = np.zeros(whole.shape[:2] if name == IMAGE else whole.shape, np.float64)
@@ -198,10 +201,12 @@ class Explainer:
             found[name] = values
         return found
 
-    def _side(self, shape: tuple[int, int]) -> int:
-        """Return the side of the squares that are hidden: a patch's where the model cuts the image into patches."""
+    def _square(self, batch: Batch) -> int:
+        """Return the side of the squares that are hidden; 0 where there is no image."""
+        if IMAGE not in batch:
+            return 0
         encoder = getattr(self.model, "encoder", None) or getattr(self.model, "image", None)
-        return getattr(encoder, "patch_size", None) or -(-max(shape) // SQUARES)
+        return getattr(encoder, "patch_size", None) or -(-max(batch[IMAGE].shape[1:3]) // SQUARES)
 
     def _read_lens(self, question: Question, streams: Mapping[str, Any]) -> tuple[Any, Any]:
         if question.vocabulary is None or question.vocabulary not in streams:
@@ -292,9 +297,7 @@ def _shown_attention(
         weights_LxHxTxS = weights[:, 0]
         if columns == IMAGE:
             position = _position(question, path, attention)
-            shown[path] = (
-                weights_LxHxTxS.mean(axis=2) if position is None else weights_LxHxTxS[:, :, position]
-            )
+            shown[path] = weights_LxHxTxS.mean(axis=2) if position is None else weights_LxHxTxS[:, :, position]
             continue
         if rows in real:
             weights_LxHxTxS = weights_LxHxTxS[:, :, real[rows]]

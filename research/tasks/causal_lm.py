@@ -89,9 +89,7 @@ class CausalLM:
             chosen = int(tokens.logits(self.model, params, hidden_BxTxD[:, position])[0].argmax())
         choice = {"positions": np.array([position]), "tokens": np.array([chosen])}
         title = f"the log-likelihood of {tokens.word(self.tokenizer, chosen)!r} as the next token"
-        return [
-            Question(title, batch, INPUTS, tokens.chosen_tokens, choice, position=position, vocabulary="layers")
-        ]
+        return [Question(title, batch, INPUTS, tokens.chosen_tokens, choice, position=position, vocabulary="layers")]
 
     def _score(self, params: Params, batch: Batch, rngs: dict[str, jax.Array], z_loss: float = 0.0) -> dict[str, Mean]:
         hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, rngs)

@@ -139,8 +139,8 @@ class Detection:
             logits_QxC = np.asarray(self._outputs(params, batch, {})[0][-1, 0])
             scores_Q = np.asarray(jax.nn.softmax(logits_QxC))[:, names.index(target)]
             classes_Q = np.full_like(classes_Q, names.index(target))
-        best = np.argsort(-scores_Q, kind="stable")[:3]
-        best = [i for i in best.tolist() if scores_Q[i] >= self.threshold] or best[:1].tolist()
+        first: list[int] = np.argsort(-scores_Q, kind="stable")[:3].tolist()
+        best = [i for i in first if scores_Q[i] >= self.threshold] or first[:1]
         return [
             Question(
                 f"the logit of '{self._name(int(classes_Q[i]))}' of query {i}, whose score is {scores_Q[i]:.2f}",

@@ -79,7 +79,9 @@ class Seq2Seq:
             ids = [int(id) for id in output["tokens"]]
             ids = ids[: next((i + 1 for i, id in enumerate(ids) if id in end_ids), len(ids))]
         start = pad_id if self.decoding.decoder_start_id is None else self.decoding.decoder_start_id
-        source = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "positions")}
+        source: dict[str, Any] = {
+            name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "positions")
+        }
         written = {"decoder_input_ids": np.array([[start, *ids[:-1]]], np.int32)}
         if "positions" in source:
             written |= {"decoder_positions": np.arange(len(ids), dtype=np.int32)[None]}

@@ -123,7 +123,7 @@ def encode_target(tokenizer: Tokenizer | None, target: str) -> list[int]:
             raise UserError(f"--target: '{target}' is no token number, and the run has no tokenizer")
         return [int(target)]
     if target in tokenizer.special_tokens:
-        return [int(tokenizer.backend.token_to_id(target))]
+        return [tokenizer.backend.get_vocab(with_added_tokens=True)[target]]
     return [int(id) for id in tokenizer.backend.encode(target, add_special_tokens=False).ids]
 
 
