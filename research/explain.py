@@ -74,7 +74,7 @@ def run(
     about = f"{workdir.name}: {type(experiment.task.model).__name__} at step {step}"
     storage.write(file, _document(about, sections).encode())
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     storage.write(file.with_suffix(".npz"), buffer.getvalue())
     print(file)
 

@@ -19,10 +19,11 @@ METHODS = {
     "occlusion": "Occlusion",
 }
 READING = {
-    "integrated_gradients": "They sum to the difference that the whole input makes.",
+    "integrated_gradients": "They sum to the difference that the whole input makes; special tokens stay as they are.",
     "gradient_x_input": "How the number would change at once if a part grew in proportion.",
-    "occlusion": "By how much the number falls where this part alone is hidden.",
+    "occlusion": "By how much the number falls where this part alone is hidden; special tokens are not.",
 }
+BLANK = {True: "a grey image", False: "blank tokens"}
 SHOWN = 5  # places that a table lists
 Namer = Callable[[int], str]
 
@@ -62,8 +63,9 @@ def blocks(found: Explanation, namer: Namer, picture: np.ndarray | None = None, 
 def _numbers(found: Explanation) -> Html:
     total = sum(float(value.sum()) for value in found.attributions["integrated_gradients"].values())
     difference = found.output - found.baseline
+    hidden = " and ".join(dict.fromkeys(BLANK[name == IMAGE] for name in found.attributions["occlusion"]))
     lines = [
-        f"It is {number(found.output)}; with every token blank and every pixel grey it is {number(found.baseline)}: "
+        f"It is {number(found.output)}; with {hidden} it is {number(found.baseline)}: "
         f"a difference of {number(difference, True)}. Integrated gradients, at {found.points} points, sum to "
         f"{number(total, True)}"
     ]
@@ -141,13 +143,13 @@ def _attention(found: Explanation, names: Mapping[str, Sequence[str]], picture: 
     shown = [heading]
     for path, row in found.rollout.items():
         columns = sides(found.question, path)[1]
-        title = tag("p", tag("strong", f"Attention rollout, {_called(path)}"), ". ", ROLLOUT, class_="quiet")
+        title = tag("p", tag("strong", f"Attention rollout of {_called(path)}"), ". ", ROLLOUT, class_="quiet")
         if columns == IMAGE and picture is not None:
             shown.append(
                 join([title, tag("div", _places(row, "Attention rollout", picture, prefix, found), class_="grid")])
             )
         elif columns in names:
-            shown.append(join([title, tokens(names[columns], row)]))
+            shown.append(join([title, tokens(names[columns], row, signed=False)]))
     for path, weights in found.attention.items():
         rows, columns = sides(found.question, path)
         if columns == IMAGE:
@@ -163,9 +165,9 @@ ROLLOUT = "Of what the result is made, if heads count alike and residual connect
 
 
 def _called(path: str) -> str:
-    """Return the path of a stack in words: "decoder, cross attention"."""
+    """Return the path of a stack in words: "decoder cross attention"."""
     parts = [part for part in path.split("/") if part != "layers"]
-    return ", ".join(parts).replace("_", " ")
+    return " ".join(parts).replace("_", " ")
 
 
 def _pairs(path: str, weights_LxHxTxS: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Html:
@@ -221,10 +223,11 @@ def _places(weights_S: np.ndarray, name: str, picture: np.ndarray, prefix: int, 
     grid_hxw = heat.grid(weights_S[prefix:], shape)
     if grid_hxw is None:
         return tag("p", f"{name}: {len(weights_S)} places, which are no grid of the image.")
-    row, column = np.unravel_index(np.argmax(grid_hxw), grid_hxw.shape)
-    size = f"{grid_hxw.shape[0]} x {grid_hxw.shape[1]}"
-    strongest = f"{number(float(grid_hxw.max()))} at row {row + 1}, column {column + 1} of {size}"
     drawn = heat.lit(picture, heat.spread(grid_hxw, shape)[: picture.shape[0], : picture.shape[1]])
+    rows, columns = (-(-grid_hxw.shape[i] * picture.shape[i] // shape[i]) for i in range(2))  # without padding
+    seen_hxw = grid_hxw[:rows, :columns]
+    row, column = np.unravel_index(np.argmax(seen_hxw), seen_hxw.shape)
+    strongest = f"{number(float(seen_hxw.max()))} at row {row + 1}, column {column + 1} of {rows} x {columns}"
     return figure(heat.boxed(drawn, found.question.box), f"{name}: strongest {strongest}", f"{name}: {strongest}")
 
 

@@ -30,7 +30,8 @@ a{color:var(--link)}p,ul,dl{margin:.4rem 0}dt{font-weight:600}dd{margin:0 0 .4re
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 details{border:1px solid var(--line);border-radius:6px;margin:.6rem 0;padding:0 .8rem}
 summary{cursor:pointer;padding:.5rem 0;font-weight:600}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:.4rem 0}
+table{min-width:min(26rem,100%);border-collapse:collapse;font-size:.875rem;margin:.4rem 0;
+font-variant-numeric:tabular-nums}
 th,td{border:1px solid var(--line);padding:.2rem .45rem;text-align:right;white-space:pre;overflow-wrap:normal}
 th{background:var(--panel);font-weight:600}th[scope=row],td.text{text-align:left}
 .tokens{display:flex;flex-wrap:wrap;gap:4px;padding:0;margin:.3rem 0;list-style:none}
@@ -131,14 +132,14 @@ def table(
     return scroll(caption, body)
 
 
-def tokens(names: Sequence[str], values: Sequence[float] | np.ndarray) -> Html:
+def tokens(names: Sequence[str], values: Sequence[float] | np.ndarray, signed: bool = True) -> Html:
     """Return a text whose tokens are coloured by a number each, which stands beneath: the largest has full colour."""
     largest = max((abs(float(value)) for value in values), default=0.0)
     items = []
     for name, value in zip(names, values, strict=True):
         share = float(value) / largest if largest else 0.0
         shown = tag("span", name, class_="token", dir="auto")
-        number_ = tag("span", number(float(value), signed=True), class_="value")
+        number_ = tag("span", number(float(value), signed), class_="value")
         items.append(tag("li", shown, number_, class_=_shade(share), style=_style(share)))
     return tag("ol", *items, class_="tokens")
 
@@ -161,7 +162,7 @@ def figure(image: np.ndarray, description: str, caption: Any) -> Html:
 def data_uri(image: np.ndarray) -> str:
     """Return an image uint8 [H, W, 3] as the address that holds it."""
     small, buffer = max(image.shape[:2]) <= SMALL, io.BytesIO()
-    PIL.Image.fromarray(image).save(buffer, *(("PNG",) if small else ("JPEG",)), **({} if small else {"quality": 88}))
+    PIL.Image.fromarray(image).save(buffer, "PNG" if small else "JPEG", quality=88)  # which PNG takes no notice of
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
