@@ -172,8 +172,9 @@ def _questions(
 
 
 def _excerpt(row: Example) -> str:
-    """Return how an example is called: its first text, or the path of its image."""
-    text = " ".join(next((value for value in row.values() if isinstance(value, str)), "").split())
+    """Return how an example is called: its first text, or the path of its image; else all of it."""
+    first = next((value for value in row.values() if isinstance(value, str)), None)
+    text = " ".join((_plain(row) if first is None else first).split())
     return text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"
 
 

@@ -69,20 +69,22 @@ def _column(values_N: np.ndarray, like: np.ndarray) -> np.ndarray:
     return values_N.reshape(-1, *[1] * np.ndim(like))
 
 
-def occlusion(score: Callable[[np.ndarray], np.ndarray], variants: np.ndarray, output: float) -> np.ndarray:
+def occlusion(score: Callable[[np.ndarray], np.ndarray], x: np.ndarray, variants: np.ndarray) -> np.ndarray:
     """Return by how much the output falls where parts of the input are hidden (Zeiler 2013, section 4.2), float64 [V].
 
+    The input goes along with its variants, so that what does not matter is exactly 0 and not what rounding leaves.
+
     Args:
-      score: maps variants [N, ...] to outputs [N]; N is always 8.
-      variants: the inputs, [V, ...], in each of which another part is hidden.
-      output: that of the input as it is.
+      score: maps inputs [N, ...] to outputs [N]; N is always 8.
+      x: the input, [...].
+      variants: the inputs in each of which another part is hidden, [V, ...].
     """
     falls = np.zeros(len(variants))
-    for start in range(0, len(variants), NODES):
-        part = variants[start : start + NODES]
-        falls[start : start + len(part)] = (
-            output - np.asarray(score(np.resize(part, (NODES, *part.shape[1:]))))[: len(part)]
-        )
+    for start in range(0, len(variants), NODES - 1):
+        part = variants[start : start + NODES - 1]
+        together = np.concatenate([x[None], np.resize(part, (NODES - 1, *part.shape[1:]))])
+        outputs = np.asarray(score(together), np.float64)
+        falls[start : start + len(part)] = outputs[0] - outputs[1 : len(part) + 1]
     return falls
 
 

@@ -99,7 +99,7 @@ class Explainer:
         outputs = np.asarray(self._score(*self._asked(question), x), np.float64)[0]
         start = float(np.asarray(self._score(*self._asked(question), baseline), np.float64).sum())
         attributions, points = self._attributions(question, x, baseline, float(outputs.sum()) - start)
-        attributions["occlusion"] = self._occlusion(question, x, float(outputs.sum()))
+        attributions["occlusion"] = self._occlusion(question, x)
         parts = self._parts(question, x) if len(outputs) > 1 else {}
         attention, streams = jax.device_get(self._inside(*self._asked(question)))
         ids, log = self._read_lens(question, streams)
@@ -130,7 +130,8 @@ class Explainer:
 
     def _ends(self, question: Question) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Return what is attributed to, [1, ...] each, and the baseline: embeddings of tokens, pixels of images."""
-        x = dict(self._words(*self._asked(question)))
+        found = self._words(*self._asked(question))
+        x = {name: found[name] for name in question.inputs if name in found}
         hidden = {name: self._blanked(question.batch, name) for name in x}
         static, params, batch, choice = self._asked(question)
         baseline = dict(self._words(static, params, {**batch, **hidden}, choice))
@@ -179,7 +180,7 @@ class Explainer:
             rows.append({name: (found[name][0] * np.asarray(value[0])).sum(axis=-1) for name, value in x.items()})
         return {name: np.stack([row[name] for row in rows]).astype(np.float64) for name in x}
 
-    def _occlusion(self, question: Question, x: Batch, output: float) -> dict[str, np.ndarray]:
+    def _occlusion(self, question: Question, x: Batch) -> dict[str, np.ndarray]:
         """Return by how much the number falls where a token is the blank one, or a square of an image is grey."""
         found = {}
         for name in x:
@@ -196,7 +197,7 @@ class Explainer:
             variants = np.repeat(whole[None], len(places), axis=0)
             for variant, place in zip(variants, places):
                 variant[place] = 0 if name == IMAGE else self.blank
-            for place, fall in zip(places, attribution.occlusion(score, variants, output)):
+            for place, fall in zip(places, attribution.occlusion(score, whole, variants)):
                 values[place] = fall
             found[name] = values
         return found
