@@ -1,6 +1,7 @@
 """Looking into a model while it computes, without a change to it: embeddings, attention, the residual stream.
 
-Shape letters as in `models.layers`; L counts the layers of a stack of blocks, which is a module named "layers".
+Shape letters as in `models.layers`; L counts the layers of a stack of blocks, which is a module named "layers"; one
+named "first" may stand before it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from research.models.layers import Embedding
 from research.task import Batch, Params, Question
 
 ENTERING, LEAVING, WEIGHTS = "stream_entering", "stream_leaving", "weights"
-STACK = "layers"
+STACK, FIRST = "layers", "first"  # names of a stack's blocks, and of one of another kind before them
 
 
 def scores(model: nn.Module, params: Params, question: Question, batch: Batch, embedded: Batch) -> jax.Array:
@@ -78,17 +79,26 @@ def look_inside(
     with nn.intercept_methods(sow):
         _, state = _apply(model, params, question, batch, mutable=["intermediates"])
     sown = flax.traverse_util.flatten_dict(state.get("intermediates", {}), sep="/")
-    attention = {}
+    attention, streams = {}, {}
     for path, (value, *_) in sown.items():
-        if path.endswith(f"/{WEIGHTS}"):
-            attention[path.removesuffix(f"/{WEIGHTS}")] = value if value.ndim == 5 else value[None]
-    streams = {}
-    for path, (entering, *_) in sown.items():
-        if path.endswith(f"/{ENTERING}") or path == ENTERING:
+        where, _, kind = f"/{path}".rpartition("/")
+        if kind == WEIGHTS:
+            attention[where[1:]] = value if value.ndim == 5 else value[None]
+        elif kind == ENTERING:
             leaving = sown[path.removesuffix(ENTERING) + LEAVING][0]
-            both = jnp.concatenate([entering[:1], leaving]).astype(jnp.float32)
-            streams[path.removesuffix(f"/{ENTERING}")] = both
-    return attention, streams
+            stacked = value.ndim == 4
+            first, rest = (value[:1], leaving) if stacked else (value[None], leaving[None])
+            streams[where[1:]] = jnp.concatenate([first, rest]).astype(jnp.float32)
+    return _joined(attention, 0), _joined(streams, 1)
+
+
+def _joined(found: dict[str, jax.Array], shared: int) -> dict[str, jax.Array]:
+    """Return what was found with a block that stands before a stack put first in it; `shared` rows are of both."""
+    for path in list(found):
+        stack = "/".join(STACK if part == FIRST else part for part in path.split("/"))
+        if stack != path and stack in found:
+            found[stack] = jnp.concatenate([found.pop(path), found[stack][shared:]])
+    return found
 
 
 def lens(
@@ -143,4 +153,4 @@ def _looks_up(context: nn.module.InterceptorContext) -> bool:
 
 
 def _is_block(context: nn.module.InterceptorContext) -> bool:
-    return context.module.name == STACK and context.method_name == "__call__"
+    return context.module.name in (STACK, FIRST) and context.method_name == "__call__"

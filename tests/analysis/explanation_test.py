@@ -11,6 +11,7 @@ import pytest
 from research.analysis.explanation import Explainer
 from research.errors import UserError
 from research.models import bert, detr, encoder_decoder, gpt, modernbert, resnet, vit
+from research.models.layers import Embedding
 from research.task import Question
 from research.tasks import encoders, seq2seq, tokens
 from research.tasks.causal_lm import CausalLM
@@ -94,7 +95,7 @@ def test_the_lens_reads_the_last_layer_as_the_model_does():
 
 
 def test_the_lens_reads_the_embedding_by_the_last_norm_and_the_table():
-    model, params = decoder()
+    _, params = decoder()
     embedded = params["word"]["embedding"][IDS[0, :7]] + params["position"]["embedding"][:7]
     normal = (embedded - embedded.mean(-1, keepdims=True)) / jnp.sqrt(embedded.var(-1, keepdims=True) + 1e-5)
     logits = jax.nn.log_softmax(normal @ params["word"]["embedding"].T)
@@ -129,9 +130,14 @@ def test_classifiers_of_texts(model):
     assert found.output == pytest.approx(float(logits[1]), abs=1e-5)
     hidden = np.where(np.isin(IDS, SPECIAL), IDS, BLANK)
     difference = float(logits[1] - model.apply({"params": params}, hidden, MASK)[0, 1])
-    assert found.attributions["integrated_gradients"]["input_ids"].sum() == pytest.approx(difference, rel=0.02, abs=1e-5)
+    assert found.attributions["integrated_gradients"]["input_ids"].sum() == pytest.approx(
+        difference, rel=0.02, abs=1e-5
+    )
     (rollout,) = found.rollout.values()
     assert rollout.shape == (7,)
+    (norms,), (weights,) = found.norms.values(), found.attention.values()
+    assert norms.shape == (3, 7)
+    assert weights.shape == (2, 2, 7, 7)
     assert rollout.sum() == pytest.approx(1, abs=1e-6)
     with pytest.raises(UserError, match="--target: there is no class 'q'; there are: x, y, z"):
         task.questions(params, batch, {"logits": np.asarray(logits)}, "q")
@@ -161,8 +167,6 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, image, input_ids):
-        from research.models.layers import Embedding
-
         words = Embedding(11, 4, name="word")(input_ids)
         return nn.Dense(2, use_bias=False)(jnp.concatenate([words.reshape(1, -1), image.reshape(1, -1)], axis=1))
 
