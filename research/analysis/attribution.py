@@ -11,7 +11,7 @@ import numpy as np
 Arrays = Mapping[str, np.ndarray]
 
 NODES = 8  # points of the path that are computed at once
-MOST_NODES = 512
+LEAST_NODES, MOST_NODES = 16, 256
 POWER = 4  # of the substitution by which points are denser near the baseline
 TOLERANCE = 0.01  # of the difference of the outputs, by which the attributions' sum may miss it
 
@@ -29,9 +29,9 @@ def integrated_gradients(
 ) -> tuple[dict[str, np.ndarray], int]:
     """Return the integrated gradients (Sundararajan 2017, equation 1) and the number of points on the path.
 
-    The integral along the straight path is taken by Gauss-Legendre quadrature, at twice as many points until the sum of
-    all attributions is within a hundredth of the difference of the outputs, which it is in exact arithmetic
-    (completeness, proposition 1), or there are 512 points.
+    The integral along the straight path is taken by Gauss-Legendre quadrature, at 16 points, then 64, then 256, until
+    the sum of all attributions is within a hundredth of the difference of the outputs, which it equals in exact
+    arithmetic (completeness, proposition 1).
 
     Args:
       gradients: maps inputs [N, ...] to the gradients of each, [N, ...]; N is always 8.
@@ -39,13 +39,13 @@ def integrated_gradients(
       baseline: where the path begins, of the same shapes.
       difference: the output for `x` less that for `baseline`.
     """
-    nodes = NODES
+    nodes = LEAST_NODES
     while True:
         attributions = _quadrature(gradients, x, baseline, nodes)
         total = sum(float(values.sum()) for values in attributions.values())
-        if nodes >= MOST_NODES or (nodes > NODES and abs(total - difference) <= TOLERANCE * abs(difference) + 1e-6):
+        if nodes >= MOST_NODES or abs(total - difference) <= TOLERANCE * abs(difference) + 1e-6:
             return attributions, nodes
-        nodes *= 2
+        nodes *= 4
 
 
 def _quadrature(

@@ -5,7 +5,7 @@ Shape letters: L layers, H heads, T and S tokens, patches or queries, P parts of
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -228,18 +228,18 @@ class Explainer:
     def _traced_gradients(
         self, static: Any, params: Params, batch: Batch, choice: Any, points: Batch, weights_P: jax.Array
     ) -> dict[str, jax.Array]:
-        def number(x: Batch) -> jax.Array:
-            one = {name: value[None] for name, value in x.items()}
-            return (self._traced_score(static, params, batch, choice, one)[0] * weights_P).sum()
+        def total(x: Batch) -> jax.Array:  # examples do not see each other, so that its gradient is that of each
+            scores_NxP = self._traced_score(static, params, _for_each(batch, x), choice, x)
+            return (scores_NxP * weights_P).sum()
 
-        return jax.lax.map(jax.grad(number), dict(points), batch_size=_at_once(points))
+        return _in_parts(jax.grad(total), points)
 
     def _traced_variants(self, static: Any, params: Params, batch: Batch, choice: Any, variants: Batch) -> jax.Array:
-        def number(changed: Batch) -> jax.Array:
-            one = {**batch, **{name: value[None] for name, value in changed.items()}}
-            return inspection.scores(self.model, params, _question(static, one, choice), one, {})[0].sum()
+        def numbers(changed: Batch) -> jax.Array:
+            many = {**_for_each(batch, changed), **changed}
+            return inspection.scores(self.model, params, _question(static, many, choice), many, {}).sum(axis=-1)
 
-        return jax.lax.map(number, dict(variants), batch_size=_at_once(variants))
+        return _in_parts(numbers, variants)
 
     def _traced_inside(self, static: Any, params: Params, batch: Batch, choice: Any) -> Any:
         return inspection.look_inside(self.model, params, _question(static, batch, choice), batch)
@@ -258,12 +258,23 @@ def _repeated(x: Batch) -> dict[str, np.ndarray]:
     return {name: np.repeat(np.asarray(value), attribution.NODES, axis=0) for name, value in x.items()}
 
 
-def _at_once(points: Batch) -> int:
-    """Return how many variants fit into memory, by their pixels and tokens."""
-    most = attribution.NODES
-    for name, value in points.items():
-        most = min(most, (PIXELS // (value.shape[1] * value.shape[2])) if name == IMAGE else LENGTH // value.shape[1])
-    return max(most, 1)
+def _for_each(batch: Batch, variants: Batch) -> dict[str, jax.Array]:
+    """Return the features of an example, [1, ...], for each of [N, ...] variants."""
+    count = len(next(iter(variants.values())))
+    return {name: jnp.broadcast_to(value, (count, *value.shape[1:])) for name, value in batch.items()}
+
+
+def _in_parts(function: Callable[[Batch], Any], variants: Batch) -> Any:
+    """Apply a function of variants [N, ...] to as many at once as fit into memory, by their pixels and tokens."""
+    count = most = len(next(iter(variants.values())))
+    for name, value in variants.items():
+        size = value.shape[1] * value.shape[2] if name == IMAGE else value.shape[1]
+        while most > 1 and most * size > (PIXELS if name == IMAGE else LENGTH):
+            most //= 2
+    if most == count:
+        return function(variants)
+    parts = {name: value.reshape(count // most, most, *value.shape[1:]) for name, value in variants.items()}
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(function, parts))
 
 
 def real_tokens(batch: Batch, name: str) -> np.ndarray:
