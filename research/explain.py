@@ -107,13 +107,13 @@ def _sections(
         prediction = _described(experiment, example, outputs)
         for part, (batch, output) in enumerate(zip(batches, outputs), start=1):
             title = f"{place}{_excerpt(row)}" + (f" (part {part} of {len(batches)})" if len(batches) > 1 else "")
+            try:
+                asked = _questions(experiment, params, _unpadded(batch, experiment), output, target)
+            except UserError as error:
+                own = str(error).startswith(("--", "config."))
+                raise UserError(str(error) if own else f"--input: {place}{error}") from None
             with progress.phase(title):
-                try:
-                    asked = _questions(experiment, params, _unpadded(batch, experiment), output, target)
-                    found = [explainer.explain(question) for question in asked]
-                except UserError as error:
-                    own = str(error).startswith(("--", "config."))
-                    raise UserError(str(error) if own else f"--input: {place}{error}") from None
+                found = [explainer.explain(question) for question in asked]
             yield (title, _body(experiment, row, prediction, batch, found)), _arrays(found)
 
 

@@ -17,7 +17,13 @@ from research.experiment import Experiment
 from research.reporting.record import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-QUICK = ["--config.num_steps=2", "--config.evals={}", "--config.checkpoint.best=null", "--config.optimizer.warmup=1"]
+QUICK = [
+    "--config.num_epochs=null",
+    "--config.num_steps=2",
+    "--config.evals={}",
+    "--config.checkpoint.best=null",
+    "--config.optimizer.warmup=1",
+]
 HOSTILE = "<script>alert('x')</script>"
 
 

@@ -168,7 +168,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, image, input_ids):
         words = Embedding(11, 4, name="word")(input_ids)
-        return nn.Dense(2, use_bias=False)(jnp.concatenate([words.reshape(1, -1), image.reshape(1, -1)], axis=1))
+        return nn.Dense(2, use_bias=False)(
+            jnp.concatenate([words.reshape(len(words), -1), image.reshape(len(image), -1)], axis=1)
+        )
 
 
 def test_gradient_x_input_is_exact_where_a_model_is_linear():
