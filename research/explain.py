@@ -101,6 +101,7 @@ def _sections(
     explainer = _explainer(experiment, params)
     predict = jax.jit(experiment.task.predict)
     key = jax.random.key(experiment.config.get("seed", 0))
+    _check_task(experiment, target)
     for (place, row), example in zip(rows, bare):
         batches = [one for _, batch in experiment.data.rows([example]) for one in _apart(batch)]
         outputs = [_first(jax.device_get(predict(params, batch, key))) for batch in batches]
@@ -152,6 +153,17 @@ def _described(experiment: Experiment, example: Example, outputs: Sequence[dict[
     return experiment.task.describe(outputs[0])
 
 
+def _check_task(experiment: Experiment, target: str) -> None:
+    """Raise UserError unless the task says what to explain, or its model is called with features of a batch alone."""
+    task, kind = experiment.task, type(experiment.task).__name__
+    if isinstance(task, Explains):
+        return
+    if target:
+        raise UserError(f"--target: a {kind} names nothing of its outputs that could be chosen")
+    if encoders.inputs(task.model)[0] not in experiment.data.features:
+        raise UserError(f"config.task: a {kind} says nothing that could be explained: no class, token, box or pair")
+
+
 def _questions(
     experiment: Experiment, params: Params, batch: dict[str, Any], output: dict[str, np.ndarray], target: str
 ) -> Sequence[Question]:
@@ -160,13 +172,9 @@ def _questions(
     if isinstance(task, Explains):
         return task.questions(params, batch, output, target)
     inputs, kind = encoders.inputs(task.model), type(task).__name__
-    if target:
-        raise UserError(f"--target: a {kind} names nothing of its outputs that could be chosen")
-    if inputs[0] not in batch:
-        raise UserError(f"config.task: a {kind} says nothing that could be explained")
     outputs: Any = task.model.apply({"params": params}, *[batch.get(name) for name in inputs])
     if not isinstance(outputs, jax.Array):
-        raise UserError(f"config.task: a {kind} says nothing that could be explained")
+        raise UserError(f"config.task.model: a {kind}'s model makes no one array of numbers, of which one is explained")
     chosen = int(outputs[0].reshape(-1).argmax())
     return [Question(f"the model's largest output, number {chosen}", batch, inputs, encoders.output, chosen)]
 

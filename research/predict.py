@@ -141,6 +141,8 @@ def _json_lines(content: bytes) -> Iterator[tuple[int, Example]]:
             continue
         try:
             row = json.loads(line.decode("utf-8"))
+            if b"\\ud" in line.lower():
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         except ValueError as error:
             raise UserError(f"--input: line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):

@@ -222,3 +222,17 @@ def test_a_token_to_explain_is_one(trained, tmp_path, capsys):
     assert main.main(command) == 0
     assert (workdir / "explain.html").exists()
     assert (workdir / "explain.npz").exists()
+
+
+def test_text_that_is_none(trained, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "a \\ud800 b"}\n')
+    command = ["--mode=explain", f"--workdir={trained('movie_snippets.py:tiny')}", f"--input={tmp_path}/in.jsonl"]
+    assert main.main(command) == 2
+    assert "--input: line 2 is not JSON: 'utf-8' codec can't encode" in capsys.readouterr().err
+
+
+def test_a_task_that_says_nothing_of_that_kind(trained, pictures, tmp_path, capsys):
+    command = ["--mode=explain", f"--workdir={trained('dit_fashion_mnist.py:tiny')}", f"--input={pictures}/0<b>.png"]
+    assert main.main(command) == 2
+    error = capsys.readouterr().err
+    assert "config.task: a Diffusion says nothing that could be explained" in error
