@@ -4,13 +4,17 @@ import html.parser
 import json
 import pathlib
 import re
+import types
 
+import flax.linen as nn
 import jax
 import numpy as np
 import PIL.Image
 import pytest
 
+from research import explain as explain_mode
 from research import main
+from research.analysis.explanation import Explainer
 from research.data.shapes import shapes
 from research.evaluate import restore_params
 from research.experiment import Experiment
@@ -236,3 +240,19 @@ def test_a_task_that_says_nothing_of_that_kind(trained, pictures, tmp_path, caps
     assert main.main(command) == 2
     error = capsys.readouterr().err
     assert "config.task: a Diffusion says nothing that could be explained" in error
+
+
+def test_of_a_task_without_questions_the_largest_output_is_explained():
+    class Sums(nn.Module):
+        inputs = ("image",)
+
+        @nn.compact
+        def __call__(self, image):
+            return nn.Dense(3)(image.reshape(len(image), -1))
+
+    model, image = Sums(), np.ones((1, 2, 2, 1), np.float32)
+    params = model.init(jax.random.key(0), image)["params"]
+    experiment = types.SimpleNamespace(task=types.SimpleNamespace(model=model))
+    (question,) = explain_mode._questions(experiment, params, {"image": image}, {}, "")
+    largest = float(model.apply({"params": params}, image).max())
+    assert Explainer(model, params).explain(question).output == pytest.approx(largest, abs=1e-6)
