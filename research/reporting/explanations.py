@@ -19,9 +19,9 @@ METHODS = {
     "occlusion": "Occlusion",
 }
 READING = {
-    "integrated_gradients": "They sum to the difference that the whole input makes; special tokens stay as they are.",
+    "integrated_gradients": "They sum to the difference that the whole input makes.",
     "gradient_x_input": "How the number would change at once if a part grew in proportion.",
-    "occlusion": "By how much the number falls where this part alone is hidden; special tokens are not.",
+    "occlusion": "By how much the number falls where this part alone is hidden.",
 }
 BLANK = {True: "a grey image", False: "blank tokens"}
 SHOWN = 5  # places that a table lists
@@ -83,7 +83,8 @@ def _title(feature: str, found: Explanation) -> str:
 
 def _text(found: Explanation, feature: str, names: Sequence[str]) -> Html:
     values = {method: found.attributions[method][feature] for method in METHODS}
-    shown: list[Any] = [tag("h4", _title(feature, found))]
+    kept = "Special tokens are never hidden: theirs is 0 of integrated gradients and of occlusion."
+    shown: list[Any] = [tag("h4", _title(feature, found)), tag("p", kept, class_="quiet")]
     for method, title in METHODS.items():
         shown += [tag("p", tag("strong", title), ". ", READING[method], class_="quiet"), tokens(names, values[method])]
     rows = [[f"{i}: {name}", *(number(float(values[m][i]), True) for m in METHODS)] for i, name in enumerate(names)]
@@ -143,7 +144,7 @@ def _attention(found: Explanation, names: Mapping[str, Sequence[str]], picture: 
     shown = [heading]
     for path, row in found.rollout.items():
         columns = sides(found.question, path)[1]
-        title = tag("p", tag("strong", f"Attention rollout of {_called(path)}"), ". ", ROLLOUT, class_="quiet")
+        title = tag("p", tag("strong", f"Attention rollout: {_called(path)}"), ". ", ROLLOUT, class_="quiet")
         if columns == IMAGE and picture is not None:
             shown.append(
                 join([title, tag("div", _places(row, "Attention rollout", picture, prefix, found), class_="grid")])
