@@ -2,9 +2,11 @@
 
 A checkpoint holds the train state, the position in the data and a checksum of every array. The checksums are computed
 on the devices that hold the arrays, before saving and after restoring, so that a damaged file is never trusted.
+Parameters that never change and can be read from where they came are left out; their checksums are there.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -13,9 +15,10 @@ import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +41,19 @@ class SaveError(Exception):
     """A checkpoint could not be written, because the disk is full for example; those before it are whole."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """Parameters that checkpoints leave out, because they never change and can be read again where they came from.
+
+    Attributes:
+      names: their paths.
+      read: () -> {path: array} of these parameters, each where the train state has it.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[], dict[str, jax.Array]]
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -57,6 +73,7 @@ class Checkpoints:
         mode: str = "max",
         patience: int | None = None,
         read_only: bool = False,
+        elsewhere: Elsewhere | None = None,
     ):
         """Open a folder of checkpoints.
 
@@ -69,6 +86,7 @@ class Checkpoints:
           mode: as above.
           patience: stop early after that many evaluations without a better `best`; None never does.
           read_only: never write or delete.
+          elsewhere: the parameters that are not saved; None saves all. What was saved with all is read as it is.
         """
         if mode not in ("max", "min"):
             raise UserError(f"config.checkpoint.mode: '{mode}' is neither 'max' nor 'min'")
@@ -88,7 +106,7 @@ class Checkpoints:
         self._directory = directory
         self._kept = _Kept(keep, keep_every)
         self._staged = Staged(directory) if storage.scheme(directory) not in ("file", "gs") else None
-        self._read_only = read_only
+        self._read_only, self._elsewhere = read_only, elsewhere
         self._manager = self._open()
 
     def save(
@@ -115,7 +133,11 @@ class Checkpoints:
         self._kept.best = best
         arrays = _describe(state, _sums(jax.tree.leaves(state)))
         # A copy: Orbax writes it later, in a thread, while the caller changes it.
-        content = json.loads(json.dumps({**extras, "arrays": arrays, "best": best}))
+        outside = list(self._elsewhere.names) if self._elsewhere else []
+        if exists:  # its arrays stay, and what they leave out
+            self.wait()
+            outside = self._extras(step).get("elsewhere", [])
+        content = json.loads(json.dumps({**extras, "arrays": arrays, "elsewhere": outside, "best": best}))
         content |= {"digest": _digest(content)}
         with _saving():
             if exists:
@@ -123,7 +145,9 @@ class Checkpoints:
                 return
             self._manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), extras=ocp.args.JsonSave(content)),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_without(state, outside)), extras=ocp.args.JsonSave(content)
+                ),
                 force=True,
             )
             if self._staged:
@@ -158,19 +182,18 @@ class Checkpoints:
 
         Raises:
           UnreadableCheckpointError: it is damaged.
-          UserError: it is whole and holds other arrays than `target`.
+          UserError: it is whole and holds other arrays than `target`, or what it leaves out is not what it was.
         """
         failure: Exception | None = None
         try:
             extras = self._extras(step)
-            wanted, stored = _describe(target), extras.pop("arrays")
+            wanted, stored, outside = _describe(target), extras.pop("arrays"), extras.pop("elsewhere", [])
             _check_arrays(f"{self._directory / str(step)}", wanted, stored)
             if self._staged:
                 self._staged.fetch(step)
                 self._reopen()
-            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
-                "state"
-            ]
+            saved = ocp.args.StandardRestore(_without(target, outside))
+            state = self._manager.restore(step, args=ocp.args.Composite(state=saved))["state"]
         except UserError:
             raise
         except Exception as error:  # whatever damaged bytes make Orbax, TensorStore or JSON raise
@@ -180,9 +203,26 @@ class Checkpoints:
             if failure:
                 self._check_reached(step, failure)
             raise UnreadableCheckpointError(f"checkpoint {step} is unreadable ({reason})") from failure
-        if _describe(state, _sums(jax.tree.leaves(state))) != stored:
+        found = _describe(state, _sums(jax.tree.leaves(state)))
+        if found != {path: stored[path] for path in found}:
             raise UnreadableCheckpointError(f"checkpoint {step} is unreadable (its checksums are not those saved)")
-        return state, extras
+        return self._with(state, outside, stored), extras
+
+    def _with(self, state: TrainState, outside: Sequence[str], stored: Mapping[str, list[Any]]) -> TrainState:
+        """Return a state with what its checkpoint leaves out, or raise UserError where that is not what it was."""
+        if not outside:
+            return state
+        if self._elsewhere is None:
+            raise UserError(f"config.init: it is missing, and gave {outside[0]}, which {self._directory} does not hold")
+        read = self._elsewhere.read()
+        for name, number in zip(outside, np.asarray(_sums([read[name] for name in outside]))):
+            if int(number) != stored[f"params/{name}"][1]:
+                raise UserError(
+                    f"config.init: {name} is not what it was when the run began; name the same weights, or the step of "
+                    "a run that went on"
+                )
+        params = _flat(state.params) | {name: read[name] for name in outside}
+        return _of(state, params)
 
     def _extras(self, step: int) -> dict[str, Any]:
         """Read and verifies what is not an array."""
@@ -267,7 +307,6 @@ class Checkpoints:
 
     def _replace_extras(self, step: int, content: Mapping[str, Any]) -> None:
         """Replace the extras of a checkpoint, and delete those that are no longer kept, such as one that was best."""
-        self.wait()
         if jax.process_index() == 0:
             storage.write(self._extras_file(step), json.dumps(content).encode())
         multihost_utils.sync_global_devices(f"extras-{step}")
@@ -302,6 +341,22 @@ class _Kept(checkpoint_managers.PreservationPolicy):
             return i >= first or step == self.best or (self.every is not None and step % self.every == 0)
 
         return [kept(i, checkpoint.step) for i, checkpoint in enumerate(checkpoints)]
+
+
+def _flat(params: Any) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+def _of(state: TrainState, flat: Mapping[str, Any]) -> TrainState:
+    """Return a state with other parameters."""
+    params = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
+    return TrainState(state.step, params, state.opt_state, state.rng)
+
+
+def _without(state: TrainState, outside: Sequence[str]) -> TrainState:
+    """Return a state without some of its parameters."""
+    kept = {name: leaf for name, leaf in _flat(state.params).items() if name not in set(outside)}
+    return _of(state, kept) if outside else state
 
 
 def quieten() -> None:

@@ -18,13 +18,13 @@ from ml_collections import ConfigDict
 
 from research import sharding, step, storage
 from research.build import build, invoke, locate
-from research.checkpoint import Checkpoints
+from research.checkpoint import Checkpoints, Elsewhere
 from research.configuration import trust
 from research.data.dataset import Dataset, Source
 from research.data.tokenizer import read
 from research.errors import UserError, nearest
 from research.generation.decoding import Decoding
-from research.optimizer import Optimizer
+from research.optimizer import Optimizer, moving
 from research.pretrained.pending import Pending
 from research.reporting.record import read_config
 from research.task import Adapts, Borrows, KeepsStart, NeedsWholeBatch, Params, Spec, Task
@@ -279,12 +279,15 @@ class Experiment:
         """Return a new train state; pure. See `step.init_state`."""
         return step.init_state(self.trained_task, self.optimizer, self.spec, self.config.get("seed", 0), loaded)
 
-    def pretrained(self) -> Params | None:
-        """Read the weights that `config.init` names; None where the parameters it lacks are to be initialised."""
+    def pretrained(self, again: bool = False) -> Params | None:
+        """Read the weights that `config.init` names; None where the parameters it lacks are to be initialised.
+
+        `again` says that they were read before, and what is new announced.
+        """
         if not self.config.get("init"):
             return None
         shapes, adapter = self._model_shapes, self.trained_task
-        theirs = jax.eval_shape(adapter.merge, shapes) if isinstance(adapter, Adapts) else shapes
+        theirs = adapter.join(shapes) if isinstance(adapter, Adapts) else shapes
         loaded, report = self._invoke("init", model=self.task.model, params_shape=theirs)
         if lost := [name for name in report.new for pattern in self._borrowed if re.search(pattern, name)]:
             raise UserError(f"config.init: it lacks {lost[0]}, which must come from another run")
@@ -294,9 +297,9 @@ class Experiment:
                     f"config.init: it lacks {lost[0]}, which would stay random; name it in config.task.whole"
                 )
             loaded = {**shapes, **adapter.divide(loaded)}
-        if report.new:
+        if report.new and not again:
             logging.warning("newly initialised, as the weights hold none: %s", ", ".join(report.new))
-        if report.unused:
+        if report.unused and not again:
             logging.info("not used: %s", ", ".join(report.unused))
 
         def place(x: Any, shape: jax.ShapeDtypeStruct) -> jax.Array | None:
@@ -323,7 +326,38 @@ class Experiment:
 
     def checkpoints(self, workdir: pathlib.Path, read_only: bool = False) -> Checkpoints:
         """Open the checkpoints of the run in `workdir`."""
-        return self._invoke("checkpoint", directory=workdir / "checkpoints", read_only=read_only)
+        elsewhere = Elsewhere(self._unsaved, self._read_unsaved) if self._unsaved else None
+        folder = workdir / "checkpoints"
+        return self._invoke("checkpoint", directory=folder, read_only=read_only, elsewhere=elsewhere)
+
+    @property
+    def _unsaved(self) -> tuple[str, ...]:
+        """The paths of the parameters that checkpoints leave out: config.init gives them, and they are frozen.
+
+        What is drawn from the seed is saved, as other devices may draw other last bits; so are the parameters of
+        another run, such as a teacher's, without which its student must be of use.
+        """
+        section = self._section("optimizer")
+        # The schedule-free parameters are interpolated anew at every step, and may lose the last bit, frozen or not.
+        if not self.config.get("init") or section.get("schedule_free") is not None or section.get("call"):
+            return ()
+        trained = flax.traverse_util.flatten_dict(
+            moving(section.get("freeze") or (), self.abstract_state.params), sep="/"
+        )
+        kept = [name for name in trained if any(re.search(pattern, name) for pattern in self._borrowed)]
+        return tuple(name for name, trains in trained.items() if not trains and name not in kept)
+
+    def _read_unsaved(self) -> dict[str, jax.Array]:
+        """Return the parameters that checkpoints leave out as they are when training begins."""
+        names = self._unsaved
+
+        def chosen(params: Params) -> dict[str, Any]:
+            flat = flax.traverse_util.flatten_dict(params, sep="/")
+            return {name: flat[name] for name in names}
+
+        shardings = jax.tree.map(lambda x: x.sharding, chosen(self.abstract_state.params))
+        start = jax.jit(lambda loaded: chosen(self.init_state(loaded).params), out_shardings=shardings)
+        return start(self.pretrained(again=True))
 
     @property
     def resolved(self) -> dict[str, Any]:

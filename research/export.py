@@ -19,7 +19,9 @@ from research.models.encoder_decoder import EncoderDecoder
 from research.pretrained import families, huggingface, peft, preprocessor
 from research.reporting.record import write_json
 from research.task import Params
+from research.tasks.ia3 import IA3
 from research.tasks.lora import LoRA
+from research.tasks.prompt_tuning import check_no_prompt
 
 PROBLEMS = {
     "softmax": "single_label_classification",
@@ -47,6 +49,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
       the folder.
     """
     experiment = Experiment(config, workdir=workdir)
+    check_no_prompt(experiment.task, "--mode=export")
     step, trained = restore_trained(experiment, workdir, checkpoint)
     params = experiment.merged(trained)
     folder = storage.path(output) if output else workdir / "export"
@@ -70,7 +73,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
             config=special_tokens(model, tokenizer, experiment.decoding.decoder_start_id) if tokenizer else {},
             model_type=first_family(experiment.config),
         )
-    if isinstance(experiment.trained_task, LoRA):
+    if isinstance(experiment.trained_task, LoRA | IA3):
         base = (experiment.config.get("init") or {}).get("path", "")
         with storage.writing(folder / "adapter", last=peft.CONFIG) as adapter:
             peft.save(adapter, experiment.trained_task, jax.device_get(trained), base, first_family(experiment.config))

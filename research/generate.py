@@ -23,6 +23,7 @@ from research.generation import decoding, draw, sampling
 from research.generation.detokenizer import Detokenizer, completion
 from research.task import Params
 from research.tasks.diffusion import Diffusion
+from research.tasks.prompt_tuning import check_no_prompt
 
 # The features of all language tasks: what the spec of batches is where no run has recorded it.
 FEATURES = ("input_ids", "attention_mask", "targets", "decoder_input_ids", "decoder_attention_mask")
@@ -111,6 +112,7 @@ def experiment_of(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
     if experiment.tokenizer is None:
         raise UserError("config.tokenizer: it is missing, and a language model needs one")
     decoding.check_model(experiment.task.model)
+    check_no_prompt(experiment.task, "--mode=generate")
     return experiment
 
 

@@ -114,7 +114,7 @@ def make_optimizer(
     if clip_norm is not None:
         chain.append(optax.clip_by_global_norm(clip_norm))
     # A parameter that is frozen altogether needs no moments.
-    chain.append(optax.masked(direction, functools.partial(_moving, frozen)) if freeze else direction)
+    chain.append(optax.masked(direction, functools.partial(moving, freeze)) if freeze else direction)
     if weight_decay:
         decay = functools.partial(path_values, rules=tuple((pattern, 0.0) for pattern in no_decay))
         chain.append(
@@ -168,9 +168,10 @@ def _descends(direction: optax.GradientTransformation) -> bool:
     return all(bool((update < 0).any()) for update in jax.tree.leaves(updates))
 
 
-def _moving(frozen: Rules, params: Params) -> Params:
-    """Return where any layer of a parameter is trained."""
-    return jax.tree.map(lambda value: not np.isscalar(value) or value != 0.0, path_values(params, frozen))
+def moving(freeze: Sequence[str], params: Params) -> Params:
+    """Return a tree of bools: where any layer of a parameter is trained, with these regular expressions frozen."""
+    values = path_values(params, tuple((pattern, 0.0) for pattern in freeze))
+    return jax.tree.map(lambda value: not np.isscalar(value) or value != 0.0, values)
 
 
 class AverageState(NamedTuple):

@@ -10,7 +10,7 @@ import optax
 from research import sharding
 from research.metrics import Mean, merge
 from research.optimizer import Optimizer
-from research.task import Batch, KeepsStart, Params, Spec, Task
+from research.task import Batch, Params, Spec, Starts, Task
 
 
 @flax.struct.dataclass
@@ -39,7 +39,7 @@ def init_state(task: Task, optimizer: Optimizer, spec: Spec, seed: int, loaded: 
     params = task.init(init_rng, spec)
     if loaded is not None:
         params = jax.tree.map(lambda new, old: new if old is None else old, params, loaded)
-    if isinstance(task, KeepsStart):
+    if isinstance(task, Starts):
         params = task.start(params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(step_rng))
 

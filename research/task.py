@@ -76,7 +76,16 @@ class Borrows(Protocol):
 
 
 @runtime_checkable
-class KeepsStart(Protocol):
+class Starts(Protocol):
+    """A task some of whose parameters are made of those of the model, once `config.init` is read."""
+
+    def start(self, params: Params) -> Params:
+        """Return the parameters that training begins with, of those of `Task.init` and `config.init`; pure."""
+        ...
+
+
+@runtime_checkable
+class KeepsStart(Starts, Protocol):
     """A task that compares its model with what it was when training began, as preferences do with their reference.
 
     `Task.init` and `config.init` make the parameters of the model; what `start` adds to them is fixed.
@@ -88,10 +97,6 @@ class KeepsStart(Protocol):
     @property
     def fixed(self) -> tuple[str, ...]:
         """See above."""
-        ...
-
-    def start(self, params: Params) -> Params:
-        """Return the parameters that training begins with, of those of the model; pure."""
         ...
 
 
@@ -122,8 +127,12 @@ class Adapts(Protocol):
         """Return a tree like the other task's parameters as parts of one like this task's."""
         ...
 
+    def join(self, params: Mapping[str, Any]) -> Params:
+        """Return what `divide` makes as the tree that it was."""
+        ...
+
     def merge(self, params: Params) -> Params:
-        """Return the other task's parameters."""
+        """Return the other task's parameters, as what trained changes them."""
         ...
 
 

@@ -368,7 +368,7 @@ def test_builds_and_its_step_has_shapes(key, offline):
         loaded = experiment.pretrained()
         if classifies:
             assert (loaded["whole"] if adapted else loaded)["head_output"]["kernel"] is None
-        fresh = ("head_", "class_head", "whole", "lora")
+        fresh = ("head_", "class_head", "whole", "lora", "ia3", "prompt")
         assert all(x is not None for path, x in flatten_dict(loaded).items() if not path[0].startswith(fresh))
 
 

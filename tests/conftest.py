@@ -38,6 +38,7 @@ SLOW = {
         *("test_tiny_learns[detr_garments", "test_tiny_learns[t5", "test_tiny_learns[vit_fashion_mnist"),
         *("test_tiny_learns[calibration", "test_tiny_learns[clip_fashion_mnist", "test_tiny_learns[induction_heads"),
         *("test_tiny_learns[isoflop", "test_tiny_learns[mup", "test_tiny_learns[quantization"),
+        *(f"test_tiny_learns[movie_snippets.py-{name}" for name in ("dora", "ia3", "prompt", "bias")),
         *(f"test_builds_and_its_step_has_shapes[isoflop.py-{compute}" for compute in ("1e11", "1e12")),
         *(f"test_builds_and_its_step_has_shapes[quantization_smollm2.py-{name}" for name in ("int", "fp4", "float32")),
         "test_builds_and_its_step_has_shapes[bert_pretraining.py-jane_austen",

@@ -30,6 +30,7 @@ from research.generation.detokenizer import completion
 from research.task import Batch, Params
 from research.tasks import causal_lm, tokens
 from research.tasks.cross_entropy import token_losses
+from research.tasks.prompt_tuning import check_no_prompt
 
 NEW_TOKENS = 256  # where a task does not say how many to generate; the harness' own default
 STEPS = 16  # tokens that are generated between two looks for a stop text
@@ -81,6 +82,7 @@ class CausalModel(TemplateLM):
         self._model = experiment.task.model
         if hasattr(self._model, "encode") or not hasattr(self._model, "max_positions"):
             raise UserError(f"--harness: {type(self._model).__name__} is no causal language model, which it is for")
+        check_no_prompt(self._task, "--harness")
         if self._tokenizer.eos_id is None:
             raise UserError("--harness: config.tokenizer has no token that ends a text")
         self.max_length = int(self._model.max_positions)

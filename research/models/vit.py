@@ -216,7 +216,7 @@ class Encoder(nn.Module):
         if self.prefix_tokens:
             prefix_PxD = self.prefix
         if self.positions == "learned":
-            prefix_PxD += self.position[: self.prefix_tokens]
+            prefix_PxD = prefix_PxD + self.position[: self.prefix_tokens]  # += would change parameters of numpy's
             position_NxD = resample(self.position[self.prefix_tokens :], self._grid, shape)
         else:
             position_NxD = jnp.asarray(sinusoids_2d(*shape, self.hidden_size))

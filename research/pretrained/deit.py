@@ -3,7 +3,7 @@
 from research.models import vit
 from research.pretrained import family
 from research.pretrained.family import Family, Kind
-from research.pretrained.vit import CONSTANTS, KEYS, ONLY, encoder_tensors, leftovers
+from research.pretrained.vit import CONSTANTS, KEYS, MODULES, ONLY, encoder_tensors, leftovers
 
 FAMILY = Family(
     prefix="deit.",
@@ -31,4 +31,5 @@ FAMILY = Family(
     tensors=encoder_tensors("deit.", ("cls", "distillation")),
     only=ONLY,
     unused=leftovers("deit."),
+    modules=MODULES,
 )

@@ -243,4 +243,9 @@ FAMILY = Family(
     },
     unused=[re.escape(_BACKBONE) + r".*\.num_batches_tracked"],
     rename=_rename,
+    modules=(
+        (r"out_proj\.", "o_proj."),
+        (r"(layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2."),
+        (r"backbone\.conv_encoder\.model\.", "backbone.model."),
+    ),
 )

@@ -9,7 +9,14 @@ import numpy as np
 from research.models import vit
 from research.pretrained import family
 from research.pretrained.family import Computed, Family, Key, Kind, Layout, Tensor
-from research.pretrained.vit import EMBEDDING, ONLY, attention_tensors, embedding_tensors, encoder_keys
+from research.pretrained.vit import (
+    ATTENTION_MODULES,
+    EMBEDDING,
+    ONLY,
+    attention_tensors,
+    embedding_tensors,
+    encoder_keys,
+)
 
 _LAYER = "dinov2.encoder.layer.{}."
 _GATED = Key("use_swiglu_ffn", False)
@@ -84,4 +91,5 @@ FAMILY = Family(
     ],
     only=ONLY,
     unused=[r"dinov2\.embeddings\.mask_token"],
+    modules=ATTENTION_MODULES,
 )

@@ -257,6 +257,8 @@ class Family:
       unused: regular expressions of the names of tensors that may be left unread, as those of other kinds may be.
       copies: which of those, where they are left unread, must equal another tensor.
       rename: returns what the table calls a tensor for the name that a file has for it.
+      modules: (regular expression, replacement), applied in turn to a file's names: what Transformers 5 calls modules
+        in memory, and with it files of adapters, where that is not what it calls them in files of weights.
       diffusers: for a family of Diffusers, its classes, by whose names folders are known instead of a model_type.
     """
 
@@ -267,6 +269,7 @@ class Family:
     unused: Sequence[str]
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rename: Callable[[str], str] = lambda name: name
+    modules: tuple[tuple[str, str], ...] = ()
     diffusers: tuple[str, ...] = ()
 
     def check(self, config: Mapping[str, Any]) -> None:
@@ -278,6 +281,12 @@ class Family:
     def table(self, kind: Kind, paths: Container[str]) -> list[Tensor]:
         """Return the lines of the table of names for a model of that kind and of parameters at these paths."""
         return [tensor for tensor in (*self.tensors, *kind.tensors) if tensor.holds(paths)]
+
+    def in_memory(self, name: str) -> str:
+        """Return what a tensor is called in the memory of Transformers 5, of its name in a file."""
+        for pattern, replacement in self.modules:
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def names(self) -> list[str]:
         """Return regular expressions of the names of all tensors that files of the family may hold."""

@@ -83,6 +83,19 @@ def encoder_tensors(prefix: str, tokens: tuple[str, ...]) -> list[Tensor]:
     ]
 
 
+# What Transformers 5 calls modules in memory: see `family.Family.modules`.
+ATTENTION_MODULES = (
+    *((rf"attention\.attention\.{name}\.", f"attention.{name[0]}_proj.") for name in ("query", "key", "value")),
+    (r"attention\.output\.dense\.", "attention.o_proj."),
+)
+MODULES = (
+    *ATTENTION_MODULES,
+    (r"intermediate\.dense\.", "mlp.fc1."),
+    (r"(layer\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"encoder\.layer\.", "layers."),
+)
+
+
 def leftovers(prefix: str) -> list[str]:
     """Regular expressions of the names of what comes with an encoder and takes no part in classification."""
     start = prefix.replace(".", r"\.")
@@ -104,4 +117,5 @@ FAMILY = Family(
     tensors=encoder_tensors("vit.", ("cls",)),
     only=ONLY,
     unused=leftovers("vit."),
+    modules=MODULES,
 )

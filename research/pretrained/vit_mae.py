@@ -16,7 +16,7 @@ from research.models import vit
 from research.models.mae import MaskedAutoencoder
 from research.pretrained import family
 from research.pretrained.family import Family, Key, Kind, Layout, Tensor
-from research.pretrained.vit import CONSTANTS
+from research.pretrained.vit import CONSTANTS, MODULES
 
 TOLERANCE = 1e-5  # between sines computed here and there
 
@@ -152,4 +152,5 @@ FAMILY = _MAEFamily(
     tensors=[*_encoder("encoder/"), *_encoder("")],
     only={"pruned_heads": {}, "per_layer_config": {}, "quantization_config": {}},
     unused=[r"vit\.embeddings\.position_embeddings", r"decoder\.decoder_pos_embed"],
+    modules=MODULES,
 )

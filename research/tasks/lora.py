@@ -2,26 +2,23 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from research.errors import UserError, nearest
-from research.metrics import Mean
+from research.errors import UserError
 from research.models import layers
-from research.task import Batch, Params, Spec, Task
+from research.task import Params
+from research.tasks.adapters import Adapter, flat, tree
 
-DOWN, UP = "lora_a", "lora_b"
+DOWN, UP, MAGNITUDE = "lora_a", "lora_b", "lora_magnitude"
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(Adapter):
     """A task whose model gets, beside kernels W [in, out], matrices A [in, rank] and B [rank, out]: x W + s x A B.
 
     The parameters are {"base": what is frozen, "whole": what trains as it is, "lora": the matrices}. In training the
@@ -34,17 +31,20 @@ class LoRA:
       rank: the width of the matrices.
       alpha: the scale s is alpha / rank, or alpha / sqrt(rank) with `rslora`.
       rslora: see `alpha` (Kalajdzievski 2023).
+      dora: take from W + s A B its columns' directions alone, and train magnitudes m [out] of them, which begin as
+        those of W (Liu 2024, equation 5): m (W + s A B) / |W + s A B|.
       dropout: the share of the inputs of A that is zeroed in training.
       whole: regular expressions of parameters that train as they are, such as those of a new head.
     """
 
-    task: Task
+    part: ClassVar[str] = "lora"
+
     targets: tuple[str, ...]
     rank: int = 8
     alpha: float = 16.0
     rslora: bool = False
+    dora: bool = False
     dropout: float = 0.0
-    whole: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.rank < 1:
@@ -55,68 +55,43 @@ class LoRA:
             raise UserError("targets: name at least one regular expression of kernels to adapt")
 
     @property
-    def model(self) -> nn.Module:
-        """The wrapped task's module."""
-        return self.task.model
-
-    @property
     def scale(self) -> float:
         """The factor of A B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def init(self, rng: jax.Array, spec: Spec) -> Params:
-        """Return new parameters; A is uniform in 1 / sqrt(in) as in PEFT, B zero, which changes nothing."""
-        base_rng, rng = jax.random.split(rng)
-        params = self.task.init(base_rng, spec)
-        flat = _flat(params)
+    def new(self, params: Mapping[str, jax.Array], rng: jax.Array) -> dict[str, jax.Array]:
+        """Return the matrices; A is uniform in 1 / sqrt(in) as in PEFT, B zero, which changes nothing."""
         matrices: dict[str, jax.Array] = {}
-        for number, name in enumerate(self._adapted(flat)):
-            *stack, width, features = flat[name].shape
+        for number, name in enumerate(self.kernels("targets", self.targets, params)):
+            *stack, width, features = params[name].shape
             bound, place = 1 / math.sqrt(width), name.removesuffix("kernel")
             key = jax.random.fold_in(rng, number)
             matrices[place + DOWN] = jax.random.uniform(key, (*stack, width, self.rank), minval=-bound, maxval=bound)
             matrices[place + UP] = jnp.zeros((*stack, self.rank, features))
-        return {**self.divide(params), "lora": _tree(matrices)}
+            if self.dora:
+                matrices[place + MAGNITUDE] = magnitudes(params[name])
+        return matrices
 
-    def divide(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a tree like the wrapped task's parameters as its parts "base" and "whole"."""
-        flat = _flat(params)
-        whole = {name for name in flat if any(re.search(pattern, name) for pattern in self.whole)}
-        parts = {"base": {name: x for name, x in flat.items() if name not in whole}}
-        parts["whole"] = {name: flat[name] for name in whole}
-        return {name: _tree(part) for name, part in parts.items() if part}
+    def start(self, params: Params) -> Params:
+        """Return the parameters that training begins with: the magnitudes are those of the kernels that were read."""
+        kernels, own = flat(self.join(params)), flat(params[self.part])
+        for name in own:
+            if name.endswith(MAGNITUDE):
+                own[name] = magnitudes(kernels[name.removesuffix(MAGNITUDE) + "kernel"])
+        return {**params, self.part: tree(own)}
 
-    def merge(self, params: Params) -> Params:
-        """Return the wrapped task's parameters, with s A B added to the kernels."""
-        flat = self._together(params)
-        matrices = _flat(params["lora"])
-        for name, down in matrices.items():
+    def add(self, params: dict[str, jax.Array], own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return the parameters with s A B added to the kernels, and these given their magnitudes."""
+        for name, down in own.items():
             if name.endswith(DOWN):
                 place = name.removesuffix(DOWN)
-                product = jnp.matmul(down, matrices[place + UP], precision="highest")
-                flat[place + "kernel"] = flat[place + "kernel"] + self.scale * product
-        return _tree(flat)
+                kernel = params[place + "kernel"] + self._product(down, own[place + UP])
+                if self.dora:
+                    kernel *= _ratio(own[place + MAGNITUDE], magnitudes(kernel))[..., None, :]
+                params[place + "kernel"] = kernel
+        return params
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        """Return the wrapped task's loss and metrics, with the matrices beside its kernels."""
-        fixed = {**params, "base": jax.lax.stop_gradient(params["base"])}
-        beside = _tree(self._together(fixed) | _flat(params["lora"]))
-        with nn.intercept_methods(self._add):
-            return self.task.loss(beside, batch, rng)
-
-    def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
-        """Return the wrapped task's metrics of the merged parameters."""
-        return self.task.metrics(self.merge(params), batch)
-
-    def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Return the wrapped task's outputs of the merged parameters."""
-        return self.task.predict(self.merge(params), batch, rng)
-
-    def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Return one example's outputs as the wrapped task describes them."""
-        return self.task.describe(output)
-
-    def _add(self, call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def intercept(self, call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         """Add s x A B to the output of a linear layer that has the matrices, before its activation."""
         module = context.module
         is_call = context.method_name == "__call__" and isinstance(module, layers.Dense)
@@ -127,33 +102,39 @@ class LoRA:
         if self.dropout and module.has_rng("dropout"):
             kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
-        down: jax.Array = module.get_variable("params", DOWN).astype(outputs.dtype)
-        up: jax.Array = module.get_variable("params", UP).astype(outputs.dtype)
-        outputs += (self.scale * (x.astype(outputs.dtype) @ down @ up)).astype(outputs.dtype)
+        down: jax.Array = module.get_variable("params", DOWN)
+        up: jax.Array = module.get_variable("params", UP)
+        product = x.astype(outputs.dtype) @ down.astype(outputs.dtype) @ up.astype(outputs.dtype)
+        if self.dora:
+            outputs = self._rescale(module, outputs, self.scale * product.astype(jnp.float32), down, up)
+        else:
+            outputs += (self.scale * product).astype(outputs.dtype)
         return layers.in_float32(activate[0])(outputs) if activate else outputs
 
-    def _together(self, params: Params) -> dict[str, Any]:
-        return {**_flat(params["base"]), **_flat(params.get("whole", {}))}
+    def _rescale(
+        self, module: nn.Module, outputs: jax.Array, product: jax.Array, down: jax.Array, up: jax.Array
+    ) -> jax.Array:
+        """Return x (W + s A B) m / |W + s A B| + bias of the outputs x W + bias and s x A B, in the outputs' dtype.
 
-    def _adapted(self, flat: Mapping[str, Any]) -> list[str]:
-        """Return the paths of the kernels to adapt, or raise UserError where they are none, or no linear layers'."""
-        for pattern in (*self.targets, *self.whole):
-            if not any(re.search(pattern, name) for name in flat):
-                key = "targets" if pattern in self.targets else "whole"
-                raise UserError(f"config.task.{key}: '{pattern}' finds no parameter{nearest(pattern, flat)}")
-        found = [name for name in flat if any(re.search(pattern, name) for pattern in self.targets)]
-        for name in found:
-            dimensions = flat[name].ndim - ("layers" in name.split("/"))
-            if not name.endswith("kernel") or dimensions != 2:
-                raise UserError(f"config.task.targets: {name} is no kernel of a linear layer")
-            if any(re.search(pattern, name) for pattern in self.whole):
-                raise UserError(f"config.task.whole: {name} is among the targets too")
-        return found
+        The norm is a constant for the gradient (Liu 2024, section 4.3).
+        """
+        kernel: jax.Array = module.get_variable("params", "kernel")
+        norm = jax.lax.stop_gradient(magnitudes(kernel + self._product(down, up)))
+        factor = _ratio(module.get_variable("params", MAGNITUDE), norm)
+        bias: Any = module.get_variable("params", "bias") if module.has_variable("params", "bias") else 0.0
+        # (outputs - bias) * factor + bias, which leaves the outputs as they are where the factor is 1.
+        scaled = outputs.astype(jnp.float32) * factor + bias * (1 - factor)
+        return (scaled + product * factor).astype(outputs.dtype)
 
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(dict(tree), sep="/")
+    def _product(self, down: jax.Array, up: jax.Array) -> jax.Array:
+        return self.scale * jnp.matmul(down, up, precision="highest")
 
 
-def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return flax.traverse_util.unflatten_dict(dict(flat), sep="/")
+def magnitudes(kernel: jax.Array) -> jax.Array:
+    """Return the Euclidean norms [..., out] of the columns of kernels [..., in, out], one for each output."""
+    return jnp.sqrt(jnp.square(kernel).sum(axis=-2))
+
+
+def _ratio(magnitude: Any, norm: jax.Array) -> jax.Array:
+    """Return what columns of these norms are multiplied by; 1 for those that are zero, which have no direction."""
+    return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1.0), 1.0)

@@ -1,0 +1,131 @@
+"""What the tasks share that train a few parameters beside a frozen model (`Adapts`): what is kept and how it is found.
+
+Their parameters are {"base": what is frozen, "whole": what trains as it is, and a part of their own}. In training the
+latter stand beside the model's, and an interceptor of the model's layers applies them, so that no model knows of them;
+to evaluate, predict and export they are merged into the model's parameters.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
+
+from research.errors import UserError, nearest
+from research.metrics import Mean
+from research.task import Batch, Params, Spec, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A task around another one, whose model is frozen; what is added to it is for its kinds to say.
+
+    Attributes:
+      task: what is adapted.
+      whole: regular expressions of parameters that train as they are, such as those of a new head.
+      part: where the kind's own parameters are.
+    """
+
+    part: ClassVar[str]
+
+    task: Task
+    whole: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped task's module."""
+        return self.task.model
+
+    def init(self, rng: jax.Array, spec: Spec) -> Params:
+        """Return new float32 parameters, with which the model computes what it does without them."""
+        base_rng, rng = jax.random.split(rng)
+        params = self.task.init(base_rng, spec)
+        self._check("whole", self.whole, flat(params))
+        return {**self.divide(params), self.part: tree(self.new(flat(params), rng))}
+
+    def new(self, params: Mapping[str, jax.Array], rng: jax.Array) -> dict[str, jax.Array]:
+        """Return {path: new parameter}, all beside those of the wrapped task's parameters; or raise UserError."""
+        raise NotImplementedError
+
+    def add(self, params: dict[str, jax.Array], own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return {path: the wrapped task's parameter} with the kind's own parameters applied."""
+        raise NotImplementedError
+
+    def intercept(self, call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        """Apply the kind's own parameters in a method of one of the model's modules, see `nn.intercept_methods`."""
+        raise NotImplementedError
+
+    def divide(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a tree like the wrapped task's parameters as its parts "base" and "whole"."""
+        leaves = flat(params)
+        whole = set(found(self.whole, leaves))
+        parts = {"base": {name: x for name, x in leaves.items() if name not in whole}}
+        parts["whole"] = {name: leaves[name] for name in whole}
+        return {name: tree(part) for name, part in parts.items() if part}
+
+    def join(self, params: Mapping[str, Any]) -> Params:
+        """Return the parts "base" and "whole" as a tree like the wrapped task's parameters."""
+        return tree({**flat(params["base"]), **flat(params.get("whole", {}))})
+
+    def merge(self, params: Params) -> Params:
+        """Return the wrapped task's parameters with the kind's own applied."""
+        return tree(self.add(flat(self.join(params)), flat(params[self.part])))
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
+        """Return the wrapped task's loss and metrics, with the kind's own parameters applied in its layers."""
+        fixed = {**params, "base": jax.lax.stop_gradient(params["base"])}
+        beside = tree(flat(self.join(fixed)) | flat(params[self.part]))
+        with nn.intercept_methods(self.intercept):
+            return self.task.loss(beside, batch, rng)
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
+        """Return the wrapped task's metrics of the merged parameters."""
+        return self.task.metrics(self.merge(params), batch)
+
+    def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Return the wrapped task's outputs of the merged parameters."""
+        return self.task.predict(self.merge(params), batch, rng)
+
+    def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Return one example's outputs as the wrapped task describes them."""
+        return self.task.describe(output)
+
+    def kernels(self, key: str, patterns: Sequence[str], params: Mapping[str, Any]) -> list[str]:
+        """Return the paths of the kernels that the patterns of `key` find.
+
+        Raises:
+          UserError: a pattern finds nothing, or something else than kernels of linear layers that stay as they are.
+        """
+        self._check(key, patterns, params)
+        names = found(patterns, params)
+        for name in names:
+            dimensions = params[name].ndim - ("layers" in name.split("/"))
+            if not name.endswith("kernel") or dimensions != 2:
+                raise UserError(f"config.task.{key}: {name} is no kernel of a linear layer")
+            if found(self.whole, [name]):
+                raise UserError(f"config.task.whole: {name} is among the {key} too")
+        return names
+
+    def _check(self, key: str, patterns: Sequence[str], params: Mapping[str, Any]) -> None:
+        for pattern in patterns:
+            if not found([pattern], params):
+                raise UserError(f"config.task.{key}: '{pattern}' finds no parameter{nearest(pattern, params)}")
+
+
+def found(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the names in which any of the regular expressions is found."""
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def flat(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree as {path: leaf}."""
+    return flax.traverse_util.flatten_dict(dict(params), sep="/")
+
+
+def tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {path: leaf} as a tree."""
+    return flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
