@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
 
 from research.data.dataset import Dataset
 from research.evaluators.means import Means
@@ -16,6 +17,7 @@ from research.reporting.figures import COLOURS
 from research.task import Params
 from research.tasks.feature_reconstruction import FeatureReconstruction
 
+KINDS = {"nearly alone": COLOURS[0], "in superposition": COLOURS[1], "not represented": "0.6"}
 REPRESENTED = 0.5  # the least norm of a feature's direction that counts; norms lie near 0 or 1
 
 
@@ -85,10 +87,14 @@ def draw_products(axes: Axes, kernel_FxH: np.ndarray) -> AxesImage:
 
 
 def draw_norms(axes: Axes, kernel_FxH: np.ndarray) -> None:
-    """Draw the norm of each feature's direction: blue bars where orthogonal to the others, orange where not."""
-    norms_F, crowded_F = np.linalg.norm(kernel_FxH, axis=1), interference(kernel_FxH) > REPRESENTED
-    for colour, chosen_F, label in ((0, ~crowded_F, "nearly alone"), (1, crowded_F, "in superposition")):
-        axes.barh(np.flatnonzero(chosen_F), norms_F[chosen_F], color=COLOURS[colour], label=label)
+    """Draw the norm of each feature's direction, coloured by whether it is represented, and shares its dimensions."""
+    norms_F = np.linalg.norm(kernel_FxH, axis=1)
+    represented_F, crowded_F = norms_F > REPRESENTED, interference(kernel_FxH) > REPRESENTED
+    kinds_F = np.where(represented_F, np.where(crowded_F, 1, 0), 2)
+    axes.barh(range(len(norms_F)), norms_F, color=[list(KINDS.values())[kind] for kind in kinds_F])
     axes.axvline(REPRESENTED, color="0.4", linestyle="--", linewidth=1)
     axes.set(title="norms of directions", xlabel="norm", ylim=(len(norms_F) - 0.5, -0.5), xlim=(0, 1.35))
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_yticks(range(0, len(norms_F), 5))
+    axes.legend(
+        handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()], fontsize=8, loc="lower right"
+    )

@@ -1,0 +1,56 @@
+"""The construction of von Oswald 2023, proposition 1: a layer that takes a step of gradient descent."""
+
+import jax
+import numpy as np
+import pytest
+
+from research.analysis.linear_regression import expected_rate, gradient_step
+from research.models.linear_attention import LinearSelfAttention, gradient_descent_step
+
+RNG = np.random.default_rng(0)
+MODEL = LinearSelfAttention()
+
+
+def functions(count=5, points=7, dimensions=3):
+    x = RNG.uniform(-1, 1, (count, points, dimensions)).astype(np.float32)
+    return x, np.einsum("bnd,bd->bn", x, RNG.normal(size=(count, dimensions)).astype(np.float32))
+
+
+def start(x, y):
+    return MODEL.init(jax.random.key(0), x, y)["params"]
+
+
+def construction(x, y):
+    shapes = jax.eval_shape(lambda: start(x, y))
+    params, _ = gradient_descent_step(x.shape[2], x.shape[1] - 1, MODEL, shapes)
+    assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, shapes)
+    assert {a.dtype for a in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    return params
+
+
+def test_the_construction_is_one_step_of_gradient_descent():
+    x, y = functions()
+    weights = expected_rate(3, 6) * gradient_step(x, y)
+    predictions = MODEL.apply({"params": construction(x, y)}, x, y)
+    np.testing.assert_allclose(predictions[:, 0], (weights * x[:, -1]).sum(axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_so_are_its_sensitivities():
+    x, y = functions()
+    params = construction(x, y)
+    slopes = jax.grad(lambda x: MODEL.apply({"params": params}, x, y).sum())(x)[:, -1]
+    np.testing.assert_allclose(slopes, expected_rate(3, 6) * gradient_step(x, y), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [start, construction])
+def test_what_is_to_be_predicted_is_not_read_and_the_order_does_not_matter(make):
+    x, y = functions()
+    params = make(x, y)
+    predictions = MODEL.apply({"params": params}, x, y)
+    assert predictions.shape == (5, 1)
+    changed = y.copy()
+    changed[:, -1] += 1
+    np.testing.assert_array_equal(predictions, MODEL.apply({"params": params}, x, changed))
+    order = [3, 0, 5, 1, 4, 2, 6]
+    shuffled = MODEL.apply({"params": params}, x[:, order], y[:, order])
+    np.testing.assert_allclose(predictions, shuffled, rtol=1e-4, atol=1e-6)
