@@ -52,22 +52,33 @@ class ErrorByExamples(_Evaluator):
     """
 
     def __call__(self, params: Params, check: Callable[[], None] = lambda: None) -> Mapping[str, float | np.ndarray]:
-        """Return "loss", "error_after_K" and "least_squares_after_K" for K from 0, and the picture "by_examples"."""
+        """Return "loss", "error_after_K" for every K, and the picture "by_examples".
+
+        "excess" is the mean over K of the error less that of least squares, which no estimator can better: where there
+        are fewer examples than dimensions, its solution of least norm is the mean of the weights that they leave
+        possible.
+        """
         columns = self._columns(params, check)
-        inputs_BxNxD, outputs_BxN = columns["inputs"], columns["outputs"]
+        points, estimates = (columns["inputs"], columns["outputs"]), baselines(columns["inputs"], columns["outputs"])
+        error_N = normalised_error(columns["predictions"], *points)
+        numbers = {f"error_after_{k}": float(error) for k, error in enumerate(error_N)}
+        loss = float(error_N.mean() * points[0].shape[2])
+        excess = float((error_N - estimates["least squares"]).mean())
+        return {"loss": loss, "excess": excess, **numbers, "by_examples": draw({"transformer": error_N, **estimates})}
 
-        def errors(predictions_BxN: np.ndarray) -> np.ndarray:
-            return np.square(predictions_BxN - outputs_BxN).mean(axis=0) / inputs_BxNxD.shape[2]
 
-        curves = {
-            "error": errors(columns["predictions"]),
-            "least_squares": errors(least_squares(inputs_BxNxD, outputs_BxN)),
-        }
-        numbers = {f"{name}_after_{k}": float(error) for name, curve in curves.items() for k, error in enumerate(curve)}
-        loss = float(curves["error"].mean() * inputs_BxNxD.shape[2])
-        shown = {"transformer": curves["error"], "least squares": curves["least_squares"]}
-        shown["averaging"] = errors(averaging(inputs_BxNxD, outputs_BxN))
-        return {"loss": loss, **numbers, "by_examples": draw(shown)}
+def baselines(inputs_BxNxD: np.ndarray, outputs_BxN: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the normalised errors [N] of the estimators that a model is compared with (Garg 2022, section 3.1)."""
+    estimators = {"least squares": least_squares, "averaging": averaging}
+    return {
+        name: normalised_error(estimate(inputs_BxNxD, outputs_BxN), inputs_BxNxD, outputs_BxN)
+        for name, estimate in estimators.items()
+    }
+
+
+def normalised_error(predictions_BxN: np.ndarray, inputs_BxNxD: np.ndarray, outputs_BxN: np.ndarray) -> np.ndarray:
+    """Return the mean squared error of each point over the number of dimensions, [N]."""
+    return np.square(predictions_BxN - outputs_BxN).mean(axis=0) / inputs_BxNxD.shape[2]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from research import sharding
 from research.analysis.linear_regression import averaging, expected_error, expected_rate, least_squares
 from research.data.dataset import Dataset
 from research.data.linear_functions import linear_functions
-from research.evaluators.in_context_regression import ErrorByExamples, GradientDescent
+from research.evaluators.in_context_regression import ErrorByExamples, GradientDescent, baselines
 from research.models.linear_attention import LinearSelfAttention, gradient_descent_step
 from research.tasks.in_context_regression import InContextRegression
 
@@ -33,11 +33,14 @@ def test_errors_by_examples_are_normalised_and_beside_least_squares():
     x, y = (np.stack([row[name] for row in rows]) for name in ("inputs", "outputs"))
     for k in range(7):
         assert found[f"error_after_{k}"] == pytest.approx(np.square(y[:, k]).mean() / 4, rel=1e-5)
-        expected = np.square(least_squares(x, y) - y)[:, k].mean() / 4
-        assert found[f"least_squares_after_{k}"] == pytest.approx(expected, abs=1e-6)
     assert found["loss"] == pytest.approx(np.square(y).mean(), rel=1e-5)
     assert found["by_examples"].dtype == np.uint8
-    assert np.square(averaging(x, y) - y)[:, 6].mean() / 4 > found["least_squares_after_6"]
+    best, mean = (np.square(estimator(x, y) - y).mean(axis=0) / 4 for estimator in (least_squares, averaging))
+    assert found["excess"] == pytest.approx(np.square(y).mean() / 4 - best.mean(), rel=1e-5)
+    curves = baselines(x, y)
+    np.testing.assert_allclose(curves["least squares"], best)
+    np.testing.assert_allclose(curves["averaging"], mean)
+    assert best[6] < 1e-9 < mean[6]
 
 
 def test_the_construction_is_the_step_itself():
