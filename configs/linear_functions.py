@@ -3,7 +3,8 @@
 Data: eleven points of a random linear function without noise, inputs and weights standard normal, in five dimensions.
 Model: GPT-2's blocks, 3 layers, 64 wide, over x_1, y_1, x_2, y_2, ...; what is read off at x_i is to be y_i.
 Recipe: Adam at 1e-4, batches of 64, 500,000 steps, 20 dimensions, 12 layers, 256 wide, and a curriculum over dimensions
-and points (Garg 2022, appendix A); here Adam at 1e-3 falling to 0, batches of 64.
+and points (Garg 2022, appendix A); here Adam at 2e-3 falling to 0, 10,000 batches of 64, no curriculum, and initial
+kernels with a deviation of 0.1: with the usual 0.02 it predicts 0 for long.
 Published: figure 2: the error of the transformer follows that of least squares, which is 0 from as many examples as
 dimensions on. Expected: see experiments/linear_functions.
 Variant: `tiny` (seconds).
@@ -29,6 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
             num_layers=3,
             num_heads=2,
             intermediate_size=256,
+            initializer_range=0.1,
             unroll=3,
         ),
     )
@@ -40,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     seed = config.get_ref("seed")
     config.data.source.seed = derived(seed, lambda seed: 2 * seed, int)
     config.evals.test.data.source.seed = derived(seed, lambda seed: 2 * seed + 1, int)
-    config.optimizer = dict(learning_rate=1e-3, schedule="cosine", warmup=0.05)
+    config.optimizer = dict(learning_rate=2e-3, schedule="cosine", warmup=0.05)
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=0, keep=1)
     config.log = dict(every_steps=100, evaluate_every_steps=1000)
