@@ -131,10 +131,10 @@ def draw(curves: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def draw_errors(axes: Axes, curves: Mapping[str, np.ndarray]) -> None:
-    """Draw errors [N] over the number of examples into `axes`."""
+    """Draw errors [N] over the number of examples into `axes`, up to 1.5, as averaging begins far above."""
     for colour, dash, (name, curve) in zip(COLOURS, ("o-", "s--", "^:"), curves.items()):
         axes.plot(curve, dash, color=colour, label=name, markersize=4, linewidth=1.6)
-    axes.set(xlabel="examples in context", ylabel="squared error / dimensions", ylim=(-0.05, None))
+    axes.set(xlabel="examples in context", ylabel="squared error / dimensions", ylim=(-0.05, 1.5))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8)

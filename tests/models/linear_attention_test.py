@@ -1,12 +1,17 @@
 """The construction of von Oswald 2023, proposition 1: a layer that takes a step of gradient descent."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
 
+from research import train
 from research.analysis.linear_regression import expected_rate, gradient_step
+from research.configuration import overrides
 from research.models.linear_attention import LinearSelfAttention, gradient_descent_step
 
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "in_context_gradient_descent.py"
 RNG = np.random.default_rng(0)
 MODEL = LinearSelfAttention()
 
@@ -54,3 +59,11 @@ def test_what_is_to_be_predicted_is_not_read_and_the_order_does_not_matter(make)
     order = [3, 0, 5, 1, 4, 2, 6]
     shuffled = MODEL.apply({"params": params}, x[:, order], y[:, order])
     np.testing.assert_allclose(predictions, shuffled, rtol=1e-4, atol=1e-6)
+
+
+def test_a_config_begins_with_the_construction(tmp_path):
+    config = overrides.load(f"{CONFIG}:construction")
+    config.data.source.count = config.evals.test.data.source.count = 64
+    metrics = train.run(config, tmp_path)["metrics"]
+    assert metrics["test/sensitivity_cosine"] == pytest.approx(1, abs=1e-5)
+    assert metrics["test/loss"] == pytest.approx(metrics["test/step_loss"], rel=0.02)
