@@ -61,7 +61,7 @@ def data(count: int) -> dict:
 def construction(config: ConfigDict) -> ConfigDict:
     config.num_steps = 0
     config.init = dict(
-        call="research.models.linear_attention.gradient_descent_step", dimensions=DIMENSIONS, examples=EXAMPLES
+        call="research.configuration.constructed.gradient_descent_step", dimensions=DIMENSIONS, examples=EXAMPLES
     )
     return config
 

@@ -6,10 +6,11 @@ import pytest
 
 from research import sharding
 from research.analysis.linear_regression import averaging, expected_error, expected_rate, least_squares
+from research.configuration.constructed import gradient_descent_step
 from research.data.dataset import Dataset
 from research.data.linear_functions import linear_functions
 from research.evaluators.in_context_regression import ErrorByExamples, GradientDescent, baselines
-from research.models.linear_attention import LinearSelfAttention, gradient_descent_step
+from research.models.linear_attention import LinearSelfAttention
 from research.tasks.in_context_regression import InContextRegression
 
 

@@ -9,7 +9,9 @@ import pytest
 from research import train
 from research.analysis.linear_regression import expected_rate, gradient_step
 from research.configuration import overrides
-from research.models.linear_attention import LinearSelfAttention, gradient_descent_step
+from research.configuration.constructed import gradient_descent_step
+from research.errors import UserError
+from research.models.linear_attention import LinearSelfAttention
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "in_context_gradient_descent.py"
 RNG = np.random.default_rng(0)
@@ -63,7 +65,14 @@ def test_what_is_to_be_predicted_is_not_read_and_the_order_does_not_matter(make)
 
 def test_a_config_begins_with_the_construction(tmp_path):
     config = overrides.load(f"{CONFIG}:construction")
-    config.data.source.count = config.evals.test.data.source.count = 64
+    config.data.source.count = config.evals.test.data.source.count = 2000
     metrics = train.run(config, tmp_path)["metrics"]
     assert metrics["test/sensitivity_cosine"] == pytest.approx(1, abs=1e-5)
-    assert metrics["test/loss"] == pytest.approx(metrics["test/step_loss"], rel=0.02)
+    assert metrics["test/loss"] == pytest.approx(metrics["test/step_loss"], rel=0.01)
+
+
+def test_a_construction_for_another_model():
+    x, y = functions()
+    shapes = jax.eval_shape(lambda: start(x, y))
+    with pytest.raises(UserError, match="LinearSelfAttention is not linear self-attention over 4 dimensions"):
+        gradient_descent_step(4, 6, MODEL, shapes)
