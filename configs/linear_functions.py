@@ -3,7 +3,7 @@
 Data: eleven points of a random linear function without noise, inputs and weights standard normal, in five dimensions.
 Model: GPT-2's blocks, 3 layers, 64 wide, over x_1, y_1, x_2, y_2, ...; what is read off at x_i is to be y_i.
 Recipe: Adam at 1e-4, batches of 64, 500,000 steps, 20 dimensions, 12 layers, 256 wide, and a curriculum over dimensions
-and points (Garg 2022, appendix A); here Adam at 2e-3 falling to 0, 10,000 batches of 64, no curriculum, and initial
+and points (Garg 2022, appendix A); here Adam at 2e-3 falling to 0, 8,000 batches of 64, no curriculum, and initial
 kernels with a deviation of 0.1: with the usual 0.02 it predicts 0 for long.
 Published: figure 2: the error of the transformer follows that of least squares, which is 0 from as many examples as
 dimensions on. Expected: see experiments/linear_functions.
@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 64
-    config.num_steps = 10_000
+    config.num_steps = 8000
     config.task = dict(
         call="research.tasks.in_context_regression.InContextRegression",
         model=dict(
