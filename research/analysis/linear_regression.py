@@ -30,7 +30,7 @@ def averaging(inputs_BxNxD: np.ndarray, outputs_BxN: np.ndarray) -> np.ndarray:
 def gradient_step(inputs_BxNxD: np.ndarray, outputs_BxN: np.ndarray) -> np.ndarray:
     """Return weights [B, D] after a step of rate 1 from 0 on the first N - 1 points.
 
-    It is the negative gradient of half their mean squared error (von Oswald 2023, equation 1); what other rates predict
+    It is the negative gradient of half their mean squared error (von Oswald 2023, section 2); what other rates predict
     is proportional to it.
     """
     return (outputs_BxN[:, :-1, None] * inputs_BxNxD[:, :-1]).mean(axis=1)

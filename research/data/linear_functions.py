@@ -17,7 +17,6 @@ def linear_functions(
     dimensions: int = 5,
     points: int = 11,
     inputs: str = "normal",
-    active: int | None = None,
     seed: int = 0,
 ) -> Source:
     """Return points (x, w x) of linear functions, one function an example, without noise.
@@ -30,8 +29,6 @@ def linear_functions(
       points: of each function.
       inputs: how each number of x is drawn: "normal", of variance 1 (Garg 2022, section 2), or "uniform" in [-1, 1)
         (von Oswald 2023, section 3).
-      active: how many dimensions of x are not 0, the first ones, for a curriculum (Garg 2022, appendix A);
-        None for all.
       seed: of all draws.
 
     Raises:
@@ -41,10 +38,7 @@ def linear_functions(
         raise UserError(f"inputs: unknown '{inputs}'{nearest(inputs, INPUTS)}")
     if min(count, dimensions, points) < 1:
         raise UserError(f"count, dimensions and points: {count}, {dimensions} and {points} must be at least 1")
-    active = dimensions if active is None else active
-    if not 1 <= active <= dimensions:
-        raise UserError(f"active: {active} must lie between 1 and the {dimensions} dimensions")
-    return Source(_Functions(count, dimensions, points, inputs, active, seed))
+    return Source(_Functions(count, dimensions, points, inputs, seed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +49,6 @@ class _Functions(Sequence[Mapping[str, Any]]):
     dimensions: int
     points: int
     inputs: str
-    active: int
     seed: int
 
     def __len__(self) -> int:
@@ -68,5 +61,4 @@ class _Functions(Sequence[Mapping[str, Any]]):
             inputs_NxD = rng.standard_normal(shape, np.float32)
         else:
             inputs_NxD = 2 * rng.random(shape, np.float32) - 1
-        inputs_NxD[:, self.active :] = 0
         return {"inputs": inputs_NxD, "outputs": inputs_NxD @ weights_D}

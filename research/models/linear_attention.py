@@ -13,9 +13,8 @@ from research.models.layers import Dense
 class LinearSelfAttention(nn.Module):
     """One layer with one head that predicts a function's value at its last point from the points before it.
 
-    Von Oswald 2023, equations 3 and 5 and proposition 1: tokens are (x, y), that of the last point (x, 0); it adds to
-    itself P times the mean over the other tokens of V e (K e . Q e_last). What is predicted is the negative of the last
-    number that it then holds.
+    Von Oswald 2023, section 2: tokens are (x, y), that of the last point (x, 0), to which it adds P times the mean over
+    the other tokens e of V e (K e . Q e_last). What is predicted is the negative of the last number that it then holds.
 
     Attributes:
       initializer_range: standard deviation of the initial kernels.

@@ -25,14 +25,6 @@ def test_outputs_are_linear_in_inputs_of_the_distribution(inputs, variance):
     assert np.square(y).mean() == pytest.approx(3 * variance, rel=0.1)
 
 
-def test_only_the_active_dimensions_are_not_zero():
-    x, y = arrays(50, dimensions=4, active=2)
-    whole, _ = arrays(50, dimensions=4)
-    assert (x[..., 2:] == 0).all()
-    np.testing.assert_array_equal(x[..., :2], whole[..., :2])
-    assert np.square(y).mean() == pytest.approx(2.0, rel=0.4)
-
-
 def test_a_function_is_a_function_of_seed_and_position():
     first, again, other = (arrays(4, seed=seed) for seed in (0, 0, 1))
     for a, b, c in zip(first, again, other):
@@ -48,8 +40,6 @@ def test_a_function_is_a_function_of_seed_and_position():
     [
         ({"inputs": "unifrom"}, "inputs: unknown 'unifrom'; did you mean 'uniform'"),
         ({"points": 0}, "points: .* must be at least 1"),
-        ({"active": 6}, "active: 6 must lie between 1 and the 5 dimensions"),
-        ({"active": 0}, "active: 0 must lie between 1 and the 5 dimensions"),
     ],
 )
 def test_wrong_arguments(arguments, message):
