@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from research.analysis.linear_regression import averaging, best_rate, gradient_step, least_squares
 from research.data.dataset import Dataset
+from research.errors import UserError
 from research.evaluators import batches
 from research.reporting import pictures
 from research.reporting.figures import COLOURS
@@ -57,12 +58,21 @@ class ErrorByExamples(_Evaluator):
         "excess" is the mean over K of the error less that of least squares, which no estimator can better: where there
         are fewer examples than dimensions, its solution of least norm is the mean of the weights that they leave
         possible.
+
+        Raises:
+          UserError: the model predicts fewer points.
         """
         columns = self._columns(params, check)
-        points, estimates = (columns["inputs"], columns["outputs"]), baselines(columns["inputs"], columns["outputs"])
-        error_N = normalised_error(columns["predictions"], *points)
+        inputs_BxNxD, outputs_BxN, predictions_BxP = (columns[name] for name in ("inputs", "outputs", "predictions"))
+        if predictions_BxP.shape != outputs_BxN.shape:
+            raise UserError(
+                f"config.evals: {type(self.task.model).__name__} predicts {predictions_BxP.shape[1]} of "
+                f"{outputs_BxN.shape[1]} points; errors by examples need all"
+            )
+        error_N = normalised_error(predictions_BxP, inputs_BxNxD, outputs_BxN)
+        estimates = baselines(inputs_BxNxD, outputs_BxN)
         numbers = {f"error_after_{k}": float(error) for k, error in enumerate(error_N)}
-        loss = float(error_N.mean() * points[0].shape[2])
+        loss = float(error_N.mean() * inputs_BxNxD.shape[2])
         excess = float((error_N - estimates["least squares"]).mean())
         return {"loss": loss, "excess": excess, **numbers, "by_examples": draw({"transformer": error_N, **estimates})}
 
@@ -97,14 +107,12 @@ class GradientDescent(_Evaluator):
         """
         columns = self._columns(params, check)
         inputs_BxNxD, outputs_BxN = columns["inputs"].astype(np.float64), columns["outputs"].astype(np.float64)
-        weights_BxD, targets_B, predictions_B = (
-            gradient_step(inputs_BxNxD, outputs_BxN),
-            outputs_BxN[:, -1],
-            columns["predictions"][:, -1],
-        )
-        rate = best_rate((weights_BxD * inputs_BxNxD[:, -1]).sum(axis=-1), targets_B)
+        targets_B, predictions_B = outputs_BxN[:, -1], columns["predictions"][:, -1]
+        sensitivities_BxD, last_BxD = columns["sensitivities"], inputs_BxNxD[:, -1]
+        weights_BxD = gradient_step(inputs_BxNxD, outputs_BxN)
+        rate = best_rate((weights_BxD * last_BxD).sum(axis=-1), targets_B)
         weights_BxD *= rate
-        steps_B, sensitivities_BxD = (weights_BxD * inputs_BxNxD[:, -1]).sum(axis=-1), columns["sensitivities"]
+        steps_B = (weights_BxD * last_BxD).sum(axis=-1)
         norms_B = np.linalg.norm(weights_BxD, axis=-1) * np.linalg.norm(sensitivities_BxD, axis=-1)
         cosines_B = (weights_BxD * sensitivities_BxD).sum(axis=-1) / np.maximum(norms_B, 1e-12)
         return {

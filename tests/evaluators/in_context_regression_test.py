@@ -9,6 +9,7 @@ from research.analysis.linear_regression import averaging, expected_error, expec
 from research.configuration.constructed import gradient_descent_step
 from research.data.dataset import Dataset
 from research.data.linear_functions import linear_functions
+from research.errors import UserError
 from research.evaluators.in_context_regression import ErrorByExamples, GradientDescent, baselines
 from research.models.linear_attention import LinearSelfAttention
 from research.tasks.in_context_regression import InContextRegression
@@ -61,3 +62,11 @@ def test_the_construction_is_the_step_itself():
     found = GradientDescent(task, sharding.make_mesh(), dataset)(wrong)
     assert found["sensitivity_cosine"] == pytest.approx(-1, abs=1e-5)
     assert found["loss"] > 2 * found["step_loss"]
+
+
+def test_errors_by_examples_need_predictions_of_all_points():
+    dataset = data(64, dimensions=2, points=4)
+    task = InContextRegression(LinearSelfAttention())
+    params = task.init(jax.random.key(0), dataset.spec)
+    with pytest.raises(UserError, match="LinearSelfAttention predicts 1 of 4 points; errors by examples need all"):
+        ErrorByExamples(task, sharding.make_mesh(), dataset)(params)
