@@ -4,7 +4,6 @@ python experiments/linear_functions/draw.py
 """
 
 import pathlib
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,21 +28,21 @@ def error(run: Run) -> np.ndarray:
     return np.array([run.number(f"{ERROR}{k}") for k in range(points)])
 
 
-def source(run: Run) -> Any:
-    """Return the functions that a run was tested on."""
+def estimates(run: Run) -> dict[str, np.ndarray]:
+    """Return the errors of least squares and of averaging on the functions that a run was tested on."""
     arguments = {key.removeprefix(SOURCE): value for key, value in run.config.items() if key.startswith(SOURCE)}
-    return linear_functions(**{key: value for key, value in arguments.items() if key != "call"})
+    functions = linear_functions(**{key: value for key, value in arguments.items() if key != "call"})
+    rows = [functions[i] for i in range(len(functions))]
+    return baselines(*(np.stack([row[name] for row in rows]) for name in ("inputs", "outputs")))
 
 
 def main() -> None:
     found = [runs.load(path) for path in sorted((HERE / "runs" / "decoder").glob("*/"))]
     if not found:
         raise UserError(f"{HERE / 'runs'} holds no records")
-    functions = source(found[0])
-    rows = [functions[i] for i in range(len(functions))]
-    inputs_BxNxD, outputs_BxN = (np.stack([row[name] for row in rows]) for name in ("inputs", "outputs"))
-    errors_RxN = np.stack([error(run) for run in found])
-    curves = {f"transformer, mean of {len(found)}": errors_RxN.mean(axis=0), **baselines(inputs_BxNxD, outputs_BxN)}
+    errors_RxN, others = np.stack([error(run) for run in found]), [estimates(run) for run in found]
+    curves = {"transformer": errors_RxN.mean(axis=0)}
+    curves |= {name: np.mean([other[name] for other in others], axis=0) for name in others[0]}
     figure, (linear, logarithmic) = pyplot.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
     for axes in (linear, logarithmic):
         draw_errors(axes, curves)
@@ -54,7 +53,7 @@ def main() -> None:
             color=COLOURS[0],
             alpha=BAND_ALPHA,
         )
-    logarithmic.set(yscale="log", ylim=(1e-3, 2), ylabel="")
+    logarithmic.set(yscale="log", ylim=(1e-2, 8), ylabel="")
     logarithmic.get_legend().remove()
     figure.savefig(HERE / "by_examples.png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     for name, curve in curves.items():
