@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests that repeat a check of the default suite on another model, setting or moment, by file and the beginning of the
 # name. `make test-slow` runs them.
 SLOW = {
+    "unsaved": [f"test_whatever_is_frozen_comes_back[{name}" for name in ("ia3", "prompt")],
     "collectives": [
         "test_data_parallel_devices_exchange_gradients_alone[bert",
         "test_data_parallel_devices_exchange_gradients_alone[detr",

@@ -18,10 +18,11 @@ from research.models import bert, gpt
 from research.pretrained import huggingface
 from research.reporting import figures
 from research.runtime.preemption import PreemptedError
+from research.tasks.adapters import flat
 
 STEPS, LAST = 6, 4
 SIZES = {"vocab_size": 260, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
-SIZES |= {"max_positions": 32}
+SIZES |= {"max_positions": 64}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,10 +41,10 @@ def publish(folder: pathlib.Path, seed: int) -> str:
     return str(huggingface.save(folder, model, signed, tokenizer_files=tokenizer.byte_level().save(folder.parent)))
 
 
-def configured(path: str):
-    config = overrides.load("configs/movie_snippets.py:lora-tiny")
+def configured(path: str, variant: str = "lora-tiny"):
+    config = overrides.load(f"configs/movie_snippets.py:{variant}")
     model = {"call": "research.pretrained.huggingface.sequence_classifier", "path": path}
-    config.task.task.model = model
+    (config.task.task if "task" in config.task else config.task).model = model
     config.update(init={"path": path, "new_head": True}, num_epochs=None, num_steps=STEPS)
     config.checkpoint.update(every_steps=2, keep=3)
     config.log.evaluate_every_steps = LAST
@@ -112,6 +113,24 @@ def test_a_stopped_run_ends_with_the_same_bits(run, published, tmp_path):
     assert bits(state(config, tmp_path / "stopped")) == bits(state(config, run))
     results = (json.loads((folder / "result.json").read_text())["metrics"] for folder in (run, tmp_path / "stopped"))
     assert next(results) == next(results)
+
+
+@pytest.mark.parametrize("variant", ["dora-tiny", "ia3-tiny", "prompt-tiny", "bias-tiny"])
+def test_whatever_is_frozen_comes_back(variant, published, tmp_path):
+    config = configured(published, variant)
+    config.num_steps = 4
+    with pytest.raises(PreemptedError):
+        train.run(config, tmp_path / "run", stop_at=2)
+    stopped = state(config, tmp_path / "run", 2)
+    result = train.run(config, tmp_path / "run")
+    resumed = state(config, tmp_path / "run", 4)
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), stopped.params, resumed.params)
+    described = json.loads((tmp_path / "run" / "checkpoints" / "4" / "extras" / "metadata").read_text())
+    for path, changed in flat(moved).items():
+        assert changed != (path in described["elsewhere"]), path
+    assert evaluate.run(config, tmp_path / "run")["metrics"] == pytest.approx(result["metrics"])
+    train.run(config, tmp_path / "whole")
+    assert bits(state(config, tmp_path / "whole", 4)) == bits(resumed)
 
 
 def test_checkpoints_that_hold_everything_are_resumed(run, published, tmp_path, monkeypatch):

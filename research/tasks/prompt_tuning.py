@@ -135,6 +135,8 @@ class Prompted:
 
     def _positions(self, batch: Batch | Spec) -> dict[str, int]:
         """Return the features that grow, and what they have at the vectors."""
+        if "input_ids" not in batch:
+            raise UserError(f"config.task: a prompt comes before a text, and {', '.join(batch)} hold no 'input_ids'")
         if "positions" in batch:
             raise UserError("config.data.pack: a prompt comes before one text a row; leave it out, and 'positions'")
         of_targets = {} if isinstance(self.task, Seq2Seq) else BESIDE_TARGETS

@@ -5,9 +5,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+import safetensors
 
 from research.errors import UserError
 from research.pretrained import huggingface, peft
+from research.pretrained.families import families
 from research.tasks.adapters import flat
 from research.tasks.ia3 import IA3
 from research.tasks.lora import LoRA
@@ -157,3 +159,26 @@ def test_our_adapter_loads_in_peft(case, kind, tmp_path):
     again, _ = peft.load_params(str(base), model, shapes, adapter=str(tmp_path / "adapter"))
     for path, array in flat(merged).items():
         np.testing.assert_allclose(flat(again)[path], array, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+DETR = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+DETR |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+DETR |= {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "out_features": ["stage1"]}
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "detr", "bert", "llama"])
+def test_names_in_memory_are_those_of_transformers(name, tmp_path):
+    kind, config = {
+        **CASES,
+        "deit": (transformers.DeiTForImageClassification, transformers.DeiTConfig(**SIZES, **IMAGE)),
+        "detr": (
+            transformers.DetrForObjectDetection,
+            transformers.DetrConfig(**DETR, backbone_config=transformers.ResNetConfig(**RESNET)),
+        ),
+    }[name]
+    model = kind(config)
+    model.save_pretrained(tmp_path)
+    with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
+        named = {families()[name].in_memory(key) for key in file.keys()}  # noqa: SIM118
+    assert named <= set(model.state_dict())
