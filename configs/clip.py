@@ -63,6 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=1000, keep=2)
     config.log = dict(every_steps=50, evaluate_every_steps=5000)
+    config.plan = dict(topology="v5e:4x4", vocab_size=49408, examples=400_000_000)
     return choose(variant, VARIANTS, config)
 
 
@@ -118,6 +119,7 @@ def siglip_base16(config: ConfigDict) -> ConfigDict:
     fields = dict(activation="gelu_pytorch_tanh", layer_norm_epsilon=1e-6)
     image = dict(patch_size=16, prefix_tokens=0, patch_bias=True, embedding_norm=False)
     text = dict(vocab_size=32000, hidden_size=768, num_heads=12, intermediate_size=3072, max_positions=64, causal=False)
+    config.plan.vocab_size = 32000
     config.task.model.call = "research.models.clip.SigLip"
     config.task.model.image.update(image | fields)
     config.task.model.text.update(text | fields)

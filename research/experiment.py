@@ -25,6 +25,7 @@ from research.data.tokenizer import read
 from research.errors import UserError, nearest
 from research.generation.decoding import Decoding
 from research.optimizer import Optimizer, moving
+from research.pretrained.pending import Pending
 from research.reporting.record import read_config
 from research.task import Adapts, Borrows, KeepsStart, NeedsWholeBatch, Params, Spec, Task
 
@@ -35,7 +36,7 @@ KEYS = (
 # What a section without `call` configures.
 SECTIONS = {
     "optimizer": "research.optimizer.make_optimizer",
-    "init": "research.pretrained.huggingface.load_params",
+    "init": "research.pretrained.huggingface.open_params",
     "mesh": "research.sharding.make_mesh",
     "checkpoint": "research.checkpoint.Checkpoints",
     "log": "research.experiment.Log",
@@ -304,7 +305,12 @@ class Experiment:
         def place(x: Any, shape: jax.ShapeDtypeStruct) -> jax.Array | None:
             if isinstance(x, jax.ShapeDtypeStruct):
                 return None
-            return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: x[index])
+            if not isinstance(x, Pending):
+                return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: x[index])
+            wanted = shape.sharding.addressable_devices_indices_map(x.shape).values()
+            indices = list({str(index): index for index in wanted}.values())
+            parts = dict(zip(map(str, indices), x.parts(indices)))
+            return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: parts[str(index)])
 
         return jax.tree.map(place, loaded, shapes)
 

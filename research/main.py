@@ -13,6 +13,8 @@ Modes:
              resume; --workdir holds a folder for each, and sweep.json
   choose     which of --candidates suits the task of --config, a fine-tuning: each is scored by what its features say of
              training examples, beside the cost of fine-tuning it; choose.json and choose.png go to --workdir
+  explain    why a checkpoint says what it says of --input: attributions, attention, the logit lens; a page for the
+             browser, and its numbers in an .npz file beside it
   plan       what --config needs on --topology: memory, operations, hours; reads no data, and needs no --workdir
 
 Flags:
@@ -25,11 +27,15 @@ Flags:
   --prompt        generate: the text to continue, or to translate, or to answer with --config.decoding.chat=true.
                   images: their classes, as in --prompt="Sneaker*8, Bag"; left out, eight of each
   --input         predict: the file to read; by default, and for -, the standard input.
+                  explain: the same file or images, 32 examples at most.
                   generate: instead of --prompt, a file of lines {"prompt": ...}, {"messages": [...]} or plain text
   --output        predict, generate: the file to write; by default, and for -, the standard output.
                   images: a .png file for a grid, a folder for a file each, or an .npz file for the numbers
                   export: the folder to write; by default export in the run's folder
                   plan: a file for the result as JSON
+                  explain: a file that ends in .html; by default explain.html in the run's folder
+  --target        explain: what to explain instead of the prediction: the name of a class or label, the next token, or
+                  the text that an encoder-decoder might have written
   --candidates    choose: separated by commas: models as config.init.path takes them (a folder, hf://, pypi://), which
                   take the place of the config's; folders of runs; configs/NAME.py:VARIANT for the same data, as they
                   stand (overrides are --config's own)
@@ -81,6 +87,7 @@ MODES = {
     "prepare": (),
     "sweep": ("parallel", "shard", "metric", "halving"),
     "choose": ("candidates", "examples", "topology"),
+    "explain": ("checkpoint", "input", "output", "target"),
     "plan": ("topology", "output", "utilisation", "price"),
 }
 OWN = tuple(dict.fromkeys(name for names in MODES.values() for name in names))  # flags of some modes

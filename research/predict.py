@@ -41,12 +41,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, input: str = "-", output: str
         raise UserError("--mode=predict runs in one process")
     storage.check_output(output)
     config = without_augmentation(config)
-    rows = _read(input, config)
+    rows = read_input(input, config)
     bare = [{name: value for name, value in row.items() if name != "label"} for _, row in rows]
     experiment = Experiment(config, source=examples(bare), workdir=workdir)
     _, params = restore_params(experiment, workdir, checkpoint)
     if rows:
-        _check(rows, bare, experiment)
+        check_input(rows, bare, experiment)
     with storage.text_output(output) as file:
         for (_, row), described in zip(rows, _predictions(experiment, params, bare)):
             file.write(json.dumps(row | described, ensure_ascii=False) + "\n")
@@ -96,7 +96,7 @@ def _outputs(
             yield number, {name: value[i] for name, value in outputs.items()}
 
 
-def _check(rows: Sequence[tuple[str, Example]], bare: Sequence[Example], experiment: Experiment) -> None:
+def check_input(rows: Sequence[tuple[str, Example]], bare: Sequence[Example], experiment: Experiment) -> None:
     """Raise UserError naming the first line that cannot be predicted for, before anything is written."""
     for (place, _), example in zip(rows, bare):
         try:
@@ -107,7 +107,7 @@ def _check(rows: Sequence[tuple[str, Example]], bare: Sequence[Example], experim
             raise UserError(f"--input: {place}config.data.ops make {made} rows of it; predictions are for one")
 
 
-def _read(path: str, config: ConfigDict) -> list[tuple[str, Example]]:
+def read_input(path: str, config: ConfigDict) -> list[tuple[str, Example]]:
     """Return what is to be predicted for: objects of JSON lines, or images; each with how messages begin."""
     field = _image_field(config)
     if path != "-" and storage.path(path).is_dir():
@@ -141,6 +141,8 @@ def _json_lines(content: bytes) -> Iterator[tuple[int, Example]]:
             continue
         try:
             row = json.loads(line.decode("utf-8"))
+            if b"\\ud" in line.lower():
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         except ValueError as error:
             raise UserError(f"--input: line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):

@@ -27,7 +27,7 @@ from rich.markup import escape
 
 from research import storage
 from research.errors import UserError, nearest
-from research.reporting import comparison, figures, ledger, page, runs
+from research.reporting import comparison, comparison_page, figures, ledger, runs
 from research.reporting.runs import Run
 
 # The options of each use.
@@ -141,7 +141,7 @@ def compare(
     figures.curves(rows, curves, figure, groups=group_of, bands=True)
     console.print(f"curves: {figure}", markup=False, highlight=False, soft_wrap=True)
     if html is not None:
-        content = page.render(groups, ended, figure.read_bytes(), keys).encode()
+        content = comparison_page.render(groups, ended, figure.read_bytes(), keys).encode()
         storage.write(html, content)
         console.print(f"page: {html} ({len(content) / 2**20:.1f} MiB)", markup=False, highlight=False, soft_wrap=True)
 

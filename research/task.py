@@ -1,6 +1,7 @@
 """The interface between models and the training loop: a task is a model, an objective and a prediction."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -132,4 +133,55 @@ class Adapts(Protocol):
 
     def merge(self, params: Params) -> Params:
         """Return the other task's parameters, as what trained changes them."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A number that a model computes of one example, to be explained by what the example holds.
+
+    Attributes:
+      title: what is explained, in words: "the class 'positive'".
+      batch: the features of the example, [1, ...] each.
+      inputs: the features that the model is called with, in order; those that `batch` lacks are None. What is explained
+        is attributed to "image", and to all whose name ends in "input_ids".
+      score: a function (model, inputs, choice) -> float32 [B, P] that `apply` calls as a method: P numbers, the sum of
+        which is explained. A function of a module, not a closure: programs are kept for each.
+      choice: what `score` gets besides, such as the number of a class.
+      parts: names of the P numbers, where each is to be explained on its own too.
+      position: the token, or the query, whose representation `score` reads; None where it reads all.
+      vocabulary: the path of the blocks whose residual stream the model's output layer reads as tokens,
+        "decoder/layers"; None where there is no such layer.
+      box: left, top, right and bottom as shares of the image, where the number is about a part of it.
+    """
+
+    title: str
+    batch: Batch
+    inputs: tuple[str, ...]
+    score: Callable[..., jax.Array]
+    choice: Any = 0
+    parts: tuple[str, ...] = ()
+    position: int | None = None
+    vocabulary: str | None = None
+    box: tuple[float, float, float, float] | None = None
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A task that says what of its outputs there is to explain; of others it is the largest number of the model's."""
+
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Return one question or several about an example.
+
+        Args:
+          params: of the model.
+          batch: the features of the example, [1, ...] each.
+          output: what `predict` says of it.
+          target: what to explain instead of the prediction, as the user names it; "" for the prediction.
+
+        Raises:
+          UserError: there is no such target; the message begins with "--target: ".
+        """
         ...

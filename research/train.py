@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from research import evaluate, flops, sharding, storage
 from research.checkpoint import Checkpoints
+from research.data import agreement
+from research.data.dataset import Dataset
 from research.errors import UserError
 from research.experiment import Experiment
 from research.metrics import Mean
@@ -22,6 +24,7 @@ from research.reporting.meter import Meter
 from research.reporting.record import Record, peak_memory_bytes, read_json, write_json
 from research.reporting.trackers import Trackers
 from research.reporting.writers import METRICS, Progress, Writer, read_metrics
+from research.runtime import hosts
 from research.runtime.preemption import PreemptedError, Preemption
 from research.step import TrainState, train_step
 
@@ -58,12 +61,22 @@ def run(
         Progress(experiment.num_steps, experiment.num_steps).table(f"{workdir}: finished before", summary(result))
         return result
     experiment.keep_tokenizer()
+    _agree_on_data(experiment)
     with record, Preemption() as preemption:
         checkpoints = experiment.checkpoints(workdir)
         try:
             return _Loop(experiment, workdir, checkpoints, preemption, record, traced, last).run()
         finally:
             checkpoints.close()
+
+
+def _agree_on_data(experiment: Experiment) -> None:
+    """Raise UserError where processes read other data than process 0 does: they would train on without a word."""
+    if jax.process_count() > 1:
+        read: dict[str, Any] = {"data": experiment.data}
+        read |= {f"evals.{name}.data": getattr(x, "data", None) for name, x in experiment.evaluators.items()}
+        digests = {name: agreement.digest(x) for name, x in read.items() if isinstance(x, Dataset)}
+        hosts.agree({f"what config.{name} holds": digest for name, digest in digests.items()})
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:

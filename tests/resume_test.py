@@ -359,6 +359,27 @@ def test_two_processes_train_together_and_one_writes(cache, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_two_processes_and_with_one_again(reference, cache, tmp_path):
+    workdir = tmp_path / "run"
+    run = Run(workdir, cache)
+    assert run.signal_when(signal.SIGTERM, exists("checkpoints/14"))
+    assert run.wait() == 75
+    runs = pair(workdir, cache)
+    assert runs[1].signal_when(signal.SIGTERM, exists("checkpoints/35"))
+    assert [run.wait() for run in runs] == [75, 75]
+    assert int(runs[0].resumed_from) >= 14
+    run = Run(workdir, cache).done()
+    assert int(run.resumed_from) >= 35
+    found, wanted = ([without_padding(row) for row in history(folder)] for folder in (workdir, reference))
+    assert_close(found, wanted)
+
+
+def without_padding(row: dict) -> dict:
+    """Drops the share of padding, which is that of process 0's rows."""
+    return {key: value for key, value in row.items() if key != "padding_share"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_is_named_and_the_run_goes_on_exactly(victim, cache, tmp_path):
     assert [run.wait() for run in pair(tmp_path / "whole", cache)] == [0, 0]

@@ -5,6 +5,7 @@ read as the folder that it was made from.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -15,13 +16,15 @@ from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
+import jax
 import numpy as np
 
 from research import assets, storage
 from research.errors import UserError, nearest
 from research.pretrained import weight_files
 from research.pretrained.families import family_of_config, family_of_model, name_of, read_config
-from research.pretrained.family import Family, Kind, Tensor, override
+from research.pretrained.family import SAME, TRANSPOSED, Family, Kind, Tensor, override
+from research.pretrained.pending import Index, Pending, Piece
 from research.pretrained.torch_zip import Stored
 
 _PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
@@ -99,7 +102,13 @@ def _classifier(path: str, kind: str, num_outputs: int | None, overrides: Mappin
 
 
 def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: bool = False) -> tuple[Any, Report]:
-    """Read a folder's weights into the layout of `model.init`.
+    """Return what `open_params` does, all of it read, as float32 numpy arrays."""
+    tree, report = open_params(path, model, params_shape, new_head=new_head)
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, Pending) else x, tree), report
+
+
+def open_params(path: str, model: nn.Module, params_shape: Any, *, new_head: bool = False) -> tuple[Any, Report]:
+    """Find a folder's weights in the layout of `model.init`, to be read as far as each process needs them.
 
     Args:
       path: a Hugging Face folder, a GGUF file or an ONNX file, in any form that `assets.resolve` takes.
@@ -108,7 +117,7 @@ def load_params(path: str, model: nn.Module, params_shape: Any, *, new_head: boo
       new_head: leave the checkpoint's task head unread and begin a new one.
 
     Returns:
-      The tree with float32 numpy arrays as leaves. What the checkpoint does not hold, which can only be a head, stays
+      The tree with `pending.Pending` as leaves. What the checkpoint does not hold, which can only be a head, stays
       a ShapeDtypeStruct and is listed in the report: the caller initialises and announces it.
 
     Raises:
@@ -309,7 +318,7 @@ def _assign(
     leftovers: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, Stored],
-) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+) -> tuple[dict[str, Pending], list[str], list[str]]:
     """Return our arrays by path, the paths that stay new, and the names that stay unread."""
     _check_named(shapes, tensors)
     expected = _names(tensors, shapes)
@@ -327,12 +336,27 @@ def _assign(
         if tensor.shared:
             _check_shared(path, [name for name, _, _ in expand(tensor, shapes)], stored)
 
-    arrays = {p: np.empty(shapes[p], np.float32) for tensor in present for p in tensor.ours}
+    pieces: dict[str, list[Piece]] = {}
     for tensor in present:
         for name, split, index in expand(tensor, shapes):
-            for ours, array in zip(tensor.ours, tensor.layout.split(stored[name].read(), split)):
-                arrays[ours][index] = array
-    return arrays, sorted(new), unused
+            if not tensor.ours:  # what no parameter stands for is there to be checked
+                tensor.layout.split(stored[name].read(), split)
+            for place, ours in enumerate(tensor.ours):
+                read = functools.partial(_parts, tensor, stored[name], split, place)
+                pieces.setdefault(ours, []).append(Piece(index, read))
+    return {ours: Pending(shapes[ours], found) for ours, found in pieces.items()}, sorted(new), unused
+
+
+def _parts(
+    tensor: Tensor, stored: Stored, shapes: Sequence[tuple[int, ...]], place: int, indices: Sequence[Index]
+) -> list[np.ndarray]:
+    """Return parts of one of our arrays that a tensor of theirs holds, of which no more is read than must be."""
+    if tensor.layout in (SAME, TRANSPOSED) and stored.read_part is not None:
+        if tensor.layout is SAME:
+            return [stored.read_part(index) for index in indices]
+        return [stored.read_part(index[::-1]).T for index in indices]
+    array = tensor.layout.split(stored.read(), shapes)[place]
+    return [array[index] for index in indices]
 
 
 def _check_complete(

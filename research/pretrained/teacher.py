@@ -33,10 +33,10 @@ def load_params(
     if len(own) == len(params_shape):
         raise UserError("config.init.teacher: the task has no teacher")
     taught = huggingface.load_model(teacher, kind)
-    theirs, report = huggingface.load_params(teacher, taught, params_shape["teacher"])
+    theirs, report = huggingface.open_params(teacher, taught, params_shape["teacher"])
     reports = [Report(tuple(f"teacher/{name}" for name in report.new), report.unused)]
     if path:
-        own, report = huggingface.load_params(path, model, own)
+        own, report = huggingface.open_params(path, model, own)
         reports.append(report)
     new = sum((report.new for report in reports), () if path else tuple(own))
     return {**own, "teacher": theirs}, Report(new, sum((report.unused for report in reports), ()))

@@ -32,11 +32,12 @@ _DTYPES = {
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its shape, its dtype, and how to read it."""
+    """A tensor in a file: its shape, its dtype, how to read it, and a part of it where the format lets one."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    read_part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
 
 
 class _Storage(NamedTuple):

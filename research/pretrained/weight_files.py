@@ -1,5 +1,6 @@
 """Weights of a Hugging Face folder, safetensors or `pytorch_model.bin`, single or sharded; GGUF and ONNX files."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -71,17 +72,24 @@ def _read_shards(index: pathlib.Path, read_file: Any) -> dict[str, Stored]:
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, Stored]:
-    # The file is mapped into memory; each tensor's bytes are read when asked for.
+    # Reading maps the file into memory, and closing it lets go of what was read.
+    def read(name: str) -> np.ndarray:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.get_tensor(name)
+
+    def read_part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.get_slice(name)[index]
+
+    def stored(name: str, part: Any) -> Stored:
+        ways = (functools.partial(way, name) for way in (read, read_part))
+        return Stored(tuple(part.get_shape()), part.get_dtype(), *ways)
+
     try:
-        file = safetensors.safe_open(path, framework="numpy")
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: stored(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 (no dict)
     except Exception as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-
-    def stored(name: str) -> Stored:
-        part = file.get_slice(name)
-        return Stored(tuple(part.get_shape()), part.get_dtype(), lambda: file.get_tensor(name))
-
-    return {name: stored(name) for name in file.keys()}  # noqa: SIM118 (the file is not a dict)
 
 
 def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int, stem: str = STEMS[0]) -> None:

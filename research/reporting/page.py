@@ -1,201 +1,179 @@
-"""A comparison of runs as one HTML page that needs no other file and no network: pictures are part of it.
+"""Pages for a browser: one file each, without a script and without anything from elsewhere.
 
-All that comes from runs, such as their names and configs, is escaped; and the page's own policy forbids scripts, and
-whatever is not part of it.
+All text is escaped by what puts elements together, so that no input can become markup. Pages follow the reader's choice
+of light or dark, and wide content scrolls in a box of its own.
 """
 
 import base64
 import html
-import pathlib
+import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from research import storage
-from research.reporting import comparison
-from research.reporting.comparison import Group, Table
-from research.reporting.runs import Run
+import numpy as np
+import PIL.Image
 
-PNG = b"\x89PNG\r\n\x1a\n"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STRIP = (160, 18)  # the width and height of a drawn interval, in pixels
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --page: #fff; --box: #f6f8fa;
-  --mark: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --page: #0d1117; --box: #161b22; --mark: #56b4e9; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
-p { margin: .25rem 0; color: var(--soft); }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
-  white-space: nowrap; overflow-wrap: normal; }
-th:first-child { text-align: left; }
-thead th { background: var(--box); }
-tbody th { font-weight: 500; }
-tbody tr:last-child > * { border-bottom: 0; }
-.text td, .text th { text-align: left; }
-.text td { white-space: normal; min-width: 8rem; }
-.text td:last-child { min-width: 16rem; }
-svg { display: block; margin: .3rem 0 0 auto; color: var(--mark); }
-figure { margin: 0; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-.curves { overflow-x: auto; }
-.curves img { min-width: min(44rem, 200vw); }
-.curves, .pictures figure { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .75rem; }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
-figcaption { margin-top: .5rem; font-size: .85rem; color: #59636e; }
+:root{color-scheme:light dark;--ground:#fff;--panel:#f5f6f8;--text:#1b1d21;--quiet:#565b64;--line:#d3d7de;
+--link:#0b57a4;--for:0,114,178;--against:213,94,0;--strength:.5}
+@media (prefers-color-scheme:dark){:root{--ground:#15171b;--panel:#1f2228;--text:#e9ebee;--quiet:#aab0ba;--line:#3b404a;
+--link:#8ec2f5;--for:60,150,215;--against:225,110,30;--strength:.6}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--ground);color:var(--text);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+main{max-width:72rem;margin:0 auto;padding:1rem}
+h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.3rem;line-height:1.25;margin:2.5rem 0 .5rem;padding-top:1rem;
+border-top:2px solid var(--line)}h3{font-size:1.1rem;margin:1.6rem 0 .4rem}h4{font-size:1rem;margin:1.2rem 0 .3rem}
+a{color:var(--link)}p,ul,dl{margin:.4rem 0}dt{font-weight:600}dd{margin:0 0 .4rem 1rem;white-space:pre-wrap}
+.quiet,figcaption,caption{color:var(--quiet);font-size:.875rem;text-align:left}
+.scroll{overflow-x:auto;max-width:100%;padding:2px}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+details{border:1px solid var(--line);border-radius:6px;margin:.6rem 0;padding:0 .8rem}
+summary{cursor:pointer;padding:.5rem 0;font-weight:600}
+table{min-width:min(26rem,100%);border-collapse:collapse;font-size:.875rem;margin:.4rem 0;
+font-variant-numeric:tabular-nums}
+th,td{border:1px solid var(--line);padding:.2rem .45rem;text-align:right;white-space:pre;overflow-wrap:normal}
+th{background:var(--panel);font-weight:600}th[scope=row],td.text{text-align:left}
+.tokens{display:flex;flex-wrap:wrap;gap:4px;padding:0;margin:.3rem 0;list-style:none}
+.tokens li{border:1px solid var(--line);border-radius:4px;padding:0 .35rem;text-align:center;max-width:100%}
+.tokens .value{display:block;font-size:.75rem;font-variant-numeric:tabular-nums}
+.token{white-space:pre-wrap;unicode-bidi:isolate;font-weight:600}
+.shade{background:rgba(var(--hue),calc(var(--share)*var(--strength)))}
+.for{--hue:var(--for)}.against{--hue:var(--against)}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(11rem,100%),1fr));gap:.8rem;margin:.5rem 0}
+figure{margin:0;min-width:0}img{display:block;max-width:100%;height:auto;width:100%;border:1px solid var(--line)}
+.pixels{image-rendering:pixelated}
+.key{display:inline-block;padding:0 .4rem;border-radius:4px;border:1px solid var(--line);color:var(--text)}
+@media print{.scroll{overflow:visible}}
 """
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+VOID = ("img", "meta", "br")
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # no text in HTML
+SMALL = 128  # pixels of a side up to which images are kept as they are, without loss
 
 
-def render(groups: Sequence[Group], metrics: Sequence[str], curves: bytes, keys: Sequence[str] | None = None) -> str:
-    """Return the page.
+class Html(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+def escape(value: Any) -> Html:
+    """Return a value as markup: `Html` as it is, anything else as text."""
+    if isinstance(value, Html):
+        return value
+    return Html(html.escape(CONTROLS.sub("\ufffd", str(value)), quote=True))
+
+
+def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
+    """Return an element; children that are not `Html` are text, and an attribute that is None is left out.
+
+    The trailing underscore of an attribute is dropped, and others become hyphens: `class_="quiet"`, `aria_label="..."`.
+    """
+    given = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
+    head = "".join(f' {key}="{escape(str(value))}"' for key, value in given)
+    if name in VOID:
+        return Html(f"<{name}{head}>")
+    return Html(f"<{name}{head}>{join(children)}</{name}>")
+
+
+def join(children: Iterable[Any]) -> Html:
+    """Return children one after the other; None is left out."""
+    return Html("".join(escape(child) for child in children if child is not None))
+
+
+def page(title: str, *children: Any, style: str = "") -> str:
+    """Return a whole document; `style` is more CSS."""
+    head = join(
+        [
+            tag("meta", charset="utf-8"),
+            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+            tag("meta", name="color-scheme", content="light dark"),
+            tag("title", title),
+            tag("style", Html(STYLE + style)),
+        ]
+    )
+    body = tag("main", tag("h1", title), *children)
+    return "<!doctype html>\n" + tag("html", tag("head", head), tag("body", body), lang="en") + "\n"
+
+
+def scroll(label: str, child: Html) -> Html:
+    """Return a box that scrolls sideways, by the keyboard too, so that a wide child widens no page."""
+    return tag("div", child, class_="scroll", role="region", tabindex="0", aria_label=label)
+
+
+def details(summary: str, *children: Any, open: bool = False) -> Html:
+    """Return what is shown on demand."""
+    return tag("details", tag("summary", summary), *children, open="" if open else None)
+
+
+def table(
+    caption: str, head: Sequence[Any], rows: Iterable[Sequence[Any]], shades: Sequence[Sequence[float]] | None = None
+) -> Html:
+    """Return a table in a box that scrolls.
 
     Args:
-      groups: the runs, as `comparison.make_groups` divides them; of the pictures in their folders `figures` the last of
-        each name is shown.
-      metrics: the metrics that tables show.
-      curves: a PNG file's content.
-      keys: those that runs were grouped by.
+      caption: what it shows.
+      head: names of the columns.
+      rows: cells, the first of which names the row.
+      shades: for each row a number in [-1, 1] for each cell but the first: its colour; by default none.
     """
-    tables = comparison.tables(groups, metrics)
-    strips = {(metric, i): _strip(groups, metric, i) for metric in metrics for i in range(len(groups))}
-    parts = [_table("results", tables["results"])]
-    if "intervals" in tables:
-        parts.append(_table("intervals", tables["intervals"], strips))
-    if "differences" in tables:
-        parts.append(_table("differences", tables["differences"]))
-    drawn = f'<figure class="curves">{_image(curves, "Curves of the metrics over the steps of training")}</figure>'
-    parts.append(f"<h2>Curves</h2>\n{drawn}")
-    if "config" in tables:
-        parts.append(_table("text", tables["config"]))
-    parts += [_table("text", _runs(groups)), _pictures(groups)]
-    count = sum(len(group.members) for group in groups)
-    title = f"{_count(count, 'run')} in {_count(len(groups), 'group')}" if len(groups) < count else _count(count, "run")
-    notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in comparison.notes(groups, metrics, keys))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-<p>{html.escape("; ".join(group.name for group in groups))}</p>
-{notes}{"".join(part + chr(10) for part in parts if part)}</main>
-</body>
-</html>
-"""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _table(kind: str, table: Table, drawings: Mapping[tuple[str, int], str] | None = None) -> str:
-    """Return a table in a box of its own that scrolls; a drawing stands beneath the text of its row and column."""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.columns)
     lines = []
-    for name, *cells in table.rows:
-        drawn = [(drawings or {}).get((name, i), "") for i in range(len(cells))]
-        inside = "".join(f"<td>{html.escape(cell)}{drawing}</td>" for cell, drawing in zip(cells, drawn))
-        lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{inside}</tr>\n')
-    return (
-        f'<h2>{html.escape(table.title)}</h2>\n<div class="scroll" tabindex="0"><table class="{kind}">\n'
-        f'<thead><tr><th scope="col"></th>{head}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody></table></div>'
-    )
+    for number, (first, *cells) in enumerate(rows):
+        colours = shades[number] if shades is not None else [0.0] * len(cells)
+        made = [
+            tag("td", cell, class_=_shade(share) or ("text" if isinstance(cell, Html) else None), style=_style(share))
+            for cell, share in zip(cells, colours, strict=True)
+        ]
+        lines.append(tag("tr", tag("th", first, scope="row"), *made))
+    titles = tag("tr", *(tag("th", title, scope="col") for title in head))
+    body = tag("table", tag("caption", caption), tag("thead", titles), tag("tbody", *lines))
+    return scroll(caption, body)
 
 
-def _strip(groups: Sequence[Group], metric: str, column: int) -> str:
-    """Return an interval as a drawing: a dot for each run, a bar; all of a metric's groups on one scale."""
-    every = [(group.values(metric), comparison.interval(group, metric)) for group in groups]
-    ends = [x for values, found in every for x in (*values, *_ends(found))]
-    values, found = every[column]
-    if found is None or min(ends) == max(ends):
-        return ""
-    width, height = STRIP
-    scale = (width - 8) / (max(ends) - min(ends))
-
-    def place(x: float) -> str:
-        return f"{4 + (x - min(ends)) * scale:.1f}"
-
-    middle = height // 2
-    low, high = map(place, _ends(found))
-    bar = f'<path d="M{low} {middle}H{high}" stroke="currentColor" stroke-width="2"/>' if low != high else ""
-    dots = "".join(f'<circle cx="{place(x)}" cy="{middle}" r="3" fill="currentColor" opacity=".45"/>' for x in values)
-    tick = f'<path d="M{place(found.center)} 3V{height - 3}" stroke="currentColor" stroke-width="2"/>'
-    return f'<svg width="{width}" height="{height}" aria-hidden="true">{bar}{dots}{tick}</svg>'
+def tokens(names: Sequence[str], values: Sequence[float] | np.ndarray, signed: bool = True) -> Html:
+    """Return a text whose tokens are coloured by a number each, which stands beneath: the largest has full colour."""
+    largest = max((abs(float(value)) for value in values), default=0.0)
+    items = []
+    for name, value in zip(names, values, strict=True):
+        share = float(value) / largest if largest else 0.0
+        shown = tag("span", name, class_="token", dir="auto")
+        number_ = tag("span", number(float(value), signed), class_="value")
+        items.append(tag("li", shown, number_, class_=_shade(share), style=_style(share)))
+    return tag("ol", *items, class_="tokens")
 
 
-def _ends(found: comparison.Interval | None) -> list[float]:
-    if found is None:
-        return []
-    return [found.center, found.center] if found.half_width is None else [found.low, found.high]
+def number(value: float, signed: bool = False) -> str:
+    """Return a number with three digits that count."""
+    text = f"{value:.3g}" if value else "0"
+    text = text.replace("e-0", "e-").replace("e+0", "e+")
+    return (f"+{text}" if signed and value > 0 else text).replace("-", "\u2212", 1 if text.startswith("-") else 0)
 
 
-def _runs(groups: Sequence[Group]) -> Table:
-    """Return what each run was: where it is, and what made it."""
-    rows = []
-    for group in groups:
-        for label, run in group.members.items():
-            git = run.run.get("git") or {}
-            commit = f"{str(git.get('commit', ''))[:12]}{' and changes' if git.get('dirty') else ''}"
-            command = str(run.run.get("command", ""))
-            rows.append((label, group.name, str(run.config.get("seed", "")), str(run.path), commit, command))
-    return Table("Runs", ("group", "seed", "folder", "commit", "command"), rows)
+def figure(image: np.ndarray, description: str, caption: Any) -> Html:
+    """Return an image uint8 [H, W, 3] with what is to be read where it cannot be seen, and a caption."""
+    pixels = "pixels" if max(image.shape[:2]) <= SMALL else None
+    height, width = image.shape[:2]
+    picture = tag("img", src=data_uri(image), alt=description, class_=pixels, width=width, height=height)
+    return tag("figure", picture, tag("figcaption", caption))
 
 
-def _pictures(groups: Sequence[Group]) -> str:
-    """Return the pictures of all runs, or nothing where they have none."""
-    sections = []
-    for group in groups:
-        for label, run in group.members.items():
-            if found := [_figure(label, caption, content) for caption, content in pictures(run)]:
-                sections.append(f'<h3>{html.escape(label)}</h3>\n<div class="pictures">{"".join(found)}</div>')
-    return "\n".join(["<h2>Pictures</h2>", *sections]) if sections else ""
+def data_uri(image: np.ndarray) -> str:
+    """Return an image uint8 [H, W, 3] as the address that holds it."""
+    small, buffer = max(image.shape[:2]) <= SMALL, io.BytesIO()
+    PIL.Image.fromarray(image).save(buffer, "PNG" if small else "JPEG", quality=88)  # which PNG takes no notice of
+    return file_uri("png" if small else "jpeg", buffer.getvalue())
 
 
-def _figure(label: str, caption: str, content: bytes) -> str:
-    image = _image(content, f"{label}: {caption}")
-    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+def file_uri(kind: str, content: bytes) -> str:
+    """Return an image file's content, "png" or "jpeg", as the address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _image(content: bytes, text: str) -> str:
-    data = base64.b64encode(content).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">'
+def _shade(share: float) -> str | None:
+    return None if not share else "shade for" if share > 0 else "shade against"
 
 
-def pictures(run: Run) -> list[tuple[str, bytes]]:
-    """Return captions and contents of the PNG files in a run's folder `figures`, of each name that of the last step.
-
-    A file's name is NAME-STEP.png, or NAME.png; what only is called so is left out.
-    """
-    folder = run.path / "figures"
-    by_name: dict[str, list[tuple[int, str]]] = {}
-    for file in _files(folder):
-        if found := re.fullmatch(r"(.+?)(?:-(\d+))?\.png", file, re.DOTALL):
-            by_name.setdefault(found[1], []).append((int(found[2] or -1), file))
-    made = []
-    for name, steps in sorted(by_name.items()):
-        step, file = max(steps)
-        content = (folder / file).read_bytes()
-        if content.startswith(PNG):
-            of = f", the last of {len(steps)}" if len(steps) > 1 else ""
-            made.append((f"{name}, step {step}{of}" if step >= 0 else name, content))
-    return made
-
-
-def _files(folder: pathlib.Path) -> list[str]:
-    """Return the files in a folder, at any depth, relative to it."""
-    if storage.is_remote(folder):
-        return storage.find(folder)
-    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+def _style(share: float) -> str | None:
+    return f"--share:{min(abs(share), 1):.3f}" if share else None

@@ -31,6 +31,7 @@ BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 30.0  # nothing holds Python's lock for so long
 FAREWELL_SECONDS = 10.0  # in which the others of a process that failed may end by themselves, of the same error
 SLURM_PORTS = 61440
+MOST_BYTES = 64  # of a text that `agree` compares
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -218,6 +219,29 @@ def join(config: Any, workdir: pathlib.Path | None, timeout: float = JOIN_SECOND
         distributed._jax.get_distributed_runtime_service = Service
     jax.distributed.initialize(here.coordinator, here.count, here.index)
     atexit.register(_at_exit)  # after JAX's, hence called before it
+
+
+def agree(own: Mapping[str, str]) -> None:
+    """Compare what became known only after the processes had met; all must call it, with the same names.
+
+    Args:
+      own: name -> a text of at most `MOST_BYTES` bytes.
+
+    Raises:
+      UserError: in every process, where some differ.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1 or not own:
+        return
+    texts = np.array([value.encode() for value in own.values()], f"S{MOST_BYTES}").view(np.uint8)
+    gathered = np.asarray(multihost_utils.process_allgather(texts)).view(f"S{MOST_BYTES}")
+    first, *others = (dict(zip(own, map(bytes.decode, row))) for row in gathered)
+    for index, other in enumerate(others, start=1):
+        if text := difference(index, first, other):
+            raise UserError(text)
 
 
 def _gather(here: Place, own: dict[str, str], workdir: pathlib.Path | None, timeout: float) -> list[Line]:

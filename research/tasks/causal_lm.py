@@ -1,6 +1,7 @@
 """Causal language modelling: predict each token from those before it; pretraining and instruction tuning alike."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from research.generation.decoding import Decoding
 from research.generation.detokenizer import completion
 from research.generation.sampling import generate
 from research.metrics import Mean
-from research.task import Batch, Params, Spec
+from research.task import Batch, Params, Question, Spec
 from research.tasks import tokens
 
 INPUTS = ("input_ids", "attention_mask", "positions")
@@ -72,6 +73,23 @@ class CausalLM:
         likelihood, count = float(output["log_likelihood"]), float(output["targets"])
         perplexity = float(np.exp(-likelihood / count)) if count else None
         return {"log_likelihood": likelihood, "tokens": int(count), "perplexity": perplexity}
+
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Ask for the log-likelihood of the token that is likeliest to follow, or of the one that `target` names."""
+        del output
+        ids_BxT = batch["input_ids"]
+        real_T = np.asarray(batch.get("attention_mask", np.ones_like(ids_BxT)))[0] != 0
+        position = int(np.flatnonzero(real_T)[-1])
+        if target:
+            chosen = tokens.one_token(self.tokenizer, target)
+        else:
+            hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, {})
+            chosen = int(tokens.logits(self.model, params, hidden_BxTxD[:, position])[0].argmax())
+        choice = {"positions": np.array([position]), "tokens": np.array([chosen])}
+        title = f"the log-likelihood of {tokens.word(self.tokenizer, chosen)!r} as the next token"
+        return [Question(title, batch, INPUTS, tokens.chosen_tokens, choice, position=position, vocabulary="layers")]
 
     def _score(self, params: Params, batch: Batch, rngs: dict[str, jax.Array], z_loss: float = 0.0) -> dict[str, Mean]:
         hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, rngs)

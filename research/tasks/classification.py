@@ -1,7 +1,7 @@
 """Classification and regression of whole examples: one logit vector an example."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import optax
 
 from research.errors import UserError, nearest
 from research.metrics import Mean
-from research.task import Batch, Params, Spec
+from research.task import Batch, Params, Question, Spec
 from research.tasks import encoders
 
 OBJECTIVES = ("softmax", "sigmoid", "regression")
@@ -100,6 +100,22 @@ class Classification:
         else:
             label = names[int(output["label"])]
         return {"label": label, "probabilities": dict(zip(names, probabilities))}
+
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Ask for the logit of the likeliest class, or of the one that `target` names, or for the predicted value."""
+        del params
+        names = self.label_names or tuple(str(i) for i in range(len(output["logits"])))
+        if self.objective == "sigmoid" and len(output["logits"]) == 1:
+            names = names[-1:]  # the logit is that of the second of two classes
+        if target and target not in names:
+            raise UserError(f"--target: there is no class '{target}'{nearest(target, names)}")
+        chosen = names.index(target) if target else int(np.argmax(output["logits"]))
+        what = "the predicted value" if self.objective == "regression" else "the logit of the class"
+        title = what if self.objective == "regression" and len(names) == 1 else f"{what} '{names[chosen]}'"
+        position = encoders.position(self.model)
+        return [Question(title, batch, encoders.inputs(self.model), encoders.output, chosen, position=position)]
 
     def _loss(self, logits_BxC: jax.Array, batch: Batch, smoothing: float) -> Mean:
         labels, mask = self._labels(logits_BxC, batch), batch["mask"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import numpy as np
 
 from research.errors import UserError, nearest
 from research.metrics import Mean, weighted
-from research.task import Batch, Params, Spec
+from research.task import Batch, Params, Question, Spec
 from research.tasks import tokens
 
 LOSSES = ("softmax", "sigmoid")
@@ -84,6 +85,17 @@ class Contrastive:
         inputs = [batch.get(name) for name in self._inputs if name != "image"]
         return jnp.asarray(self.model.apply({"params": params}, *inputs, rngs=rngs, method="encode_text"))
 
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Ask for the cosine similarity of an image and its text."""
+        del params, output
+        if target:
+            raise UserError("--target: the image is compared with the text of its own line; write the text there")
+        if lost := [name for name in ("image", "input_ids") if name not in batch]:
+            raise UserError(f"it has no '{lost[0]}'; the similarity of an image and a text is explained, of one line")
+        return [Question("the similarity of the image and the text", batch, self._inputs, _similarity)]
+
     @property
     def _inputs(self) -> tuple[str, ...]:
         return self.model.inputs
@@ -108,6 +120,13 @@ class Contrastive:
         own_B = jnp.arange(len(mask_B))
         found = {"image_to_text": _among(logits_BxB, mask_B != 0), "text_to_image": _among(logits_BxB.T, mask_B != 0)}
         return {name: Mean.of(logits.argmax(axis=1) == own_B, mask_B) for name, logits in found.items()}
+
+
+def _similarity(model: nn.Module, inputs: Sequence[jax.Array | None], choice: Any) -> jax.Array:
+    """Return the cosine similarity of each image with its own text, float32 [B, 1]: see `Question.score`."""
+    del choice
+    image, *text = inputs
+    return (model.encode_image(image) * model.encode_text(*text)).sum(axis=-1, keepdims=True)
 
 
 def _cross_entropy(logits_BxB: jax.Array, real_B: jax.Array) -> jax.Array:

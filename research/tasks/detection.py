@@ -1,6 +1,7 @@
 """Detection as the prediction of a set (Carion 2020): each object is matched with one query, the rest find nothing."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from research.errors import UserError
+from research.errors import UserError, nearest
 from research.metrics import Mean, weighted
-from research.task import Batch, Params, Spec
+from research.task import Batch, Params, Question, Spec
 from research.tasks import matching, tokens
 
 INPUTS = ("image", "pixel_mask")
@@ -123,6 +124,36 @@ class Detection:
             ]
         }
 
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Ask for the class logits of the best queries: those above the threshold, three at most, or else the first.
+
+        With a `target` they are the queries that say most likely that they see that class.
+        """
+        scores_Q, classes_Q = output["scores"], output["classes"]
+        if target:
+            names = self.label_names or tuple(str(i) for i in range(getattr(self.model, "num_outputs", 0)))
+            if target not in names:
+                raise UserError(f"--target: there is no class '{target}'{nearest(target, names)}")
+            logits_QxC = np.asarray(self._outputs(params, batch, {})[0][-1, 0])
+            scores_Q = np.asarray(jax.nn.softmax(logits_QxC))[:, names.index(target)]
+            classes_Q = np.full_like(classes_Q, names.index(target))
+        first: list[int] = np.argsort(-scores_Q, kind="stable")[:3].tolist()
+        best = [i for i in first if scores_Q[i] >= self.threshold] or first[:1]
+        return [
+            Question(
+                f"the logit of '{self._name(int(classes_Q[i]))}' of query {i}, whose score is {scores_Q[i]:.2f}",
+                batch,
+                INPUTS,
+                _class_logit,
+                {"query": i, "class": int(classes_Q[i])},
+                position=i,
+                box=tuple(np.clip(np.asarray(corners(jnp.asarray(output["boxes"][i]))), 0, 1).tolist()),
+            )
+            for i in best
+        ]
+
     def _name(self, number: int) -> str:
         return self.label_names[number] if self.label_names else str(number)
 
@@ -181,6 +212,12 @@ class Detection:
         distances = jnp.abs(boxes - targets).sum(axis=-1)
         overlaps = generalised_iou(boxes, targets)
         return self.box_weight * distances - self.class_weight * of_class - self.giou_weight * overlaps
+
+
+def _class_logit(model: nn.Module, inputs: Sequence[jax.Array | None], choice: Mapping[str, jax.Array]) -> jax.Array:
+    """Return the logit that one query gives one class, float32 [B, 1]: see `Question.score`."""
+    logits_LxBxQxC: Any = model(*inputs)[0]
+    return logits_LxBxQxC[-1, :, choice["query"], choice["class"], None].astype(jnp.float32)
 
 
 def corners(boxes: jax.Array) -> jax.Array:

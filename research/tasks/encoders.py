@@ -1,6 +1,7 @@
 """What the tasks share whose models take an encoder's features: those of a text, or those that the model names."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,6 +36,17 @@ def logits(model: nn.Module, params: Params, batch: Batch, rngs: dict[str, jax.A
 def inputs(model: nn.Module) -> tuple[str, ...]:
     """Return the features that a model is called with: its class's `inputs`, else those of a text."""
     return getattr(model, "inputs", TEXT)
+
+
+def output(model: nn.Module, inputs: Sequence[jax.Array | None], chosen: Any) -> jax.Array:
+    """Return one of the model's outputs for each example, float32 [B, 1]: see `Question.score`."""
+    outputs: Any = model(*inputs)
+    return outputs.reshape(len(outputs), -1)[:, chosen, None].astype(jnp.float32)
+
+
+def position(model: nn.Module) -> int | None:
+    """Return the token that a model of whole examples reads its outputs from; None where it reads the mean of all."""
+    return None if getattr(model, "pooling", "token") == "mean" or not hasattr(model, "encoder") else 0
 
 
 def check_length(model: nn.Module, batch: Batch | Spec) -> None:

@@ -1,6 +1,7 @@
 """Masked language modelling: predict the tokens that were hidden in a text (Devlin 2018, section 3.1)."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,8 +9,9 @@ import jax
 import numpy as np
 
 from research.data.tokenizer import Tokenizer
+from research.errors import UserError
 from research.metrics import Mean
-from research.task import Batch, Params, Spec
+from research.task import Batch, Params, Question, Spec
 from research.tasks import encoders, tokens
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "positions")
@@ -65,6 +67,31 @@ class MaskedLM:
             words = [self._word(int(id)) for id in output["tokens"][place]]
             masks.append(dict(zip(words, map(float, output["probabilities"][place]))))
         return {"masks": masks}
+
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Ask at each chosen place, three at most, for the log-likelihood of the best token, or of the target's."""
+        del params
+        found = []
+        for place in np.flatnonzero(output["chosen"])[:3]:
+            chosen = tokens.one_token(self.tokenizer, target) if target else int(output["tokens"][place, 0])
+            choice = {"positions": np.array([place]), "tokens": np.array([chosen])}
+            title = f"the log-likelihood of {self._word(chosen)!r} at token {place}"
+            found.append(
+                Question(
+                    title,
+                    batch,
+                    INPUTS,
+                    tokens.chosen_tokens,
+                    choice,
+                    position=int(place),
+                    vocabulary="encoder/layers",
+                )
+            )
+        if not found:
+            raise UserError("no token of it is hidden; put the mask token where one is to be predicted")
+        return found
 
     def _score(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> dict[str, Mean]:
         hidden_BxTxD = tokens.hidden(self.model, params, batch, INPUTS, rngs)

@@ -4,6 +4,7 @@ Shape letters: B pairs, S the two sides (chosen, rejected), T positions, D width
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from research.data.tokenizer import Tokenizer
 from research.errors import UserError, nearest
 from research.generation.decoding import Decoding
 from research.metrics import Mean
-from research.task import Batch, Params, Spec
+from research.task import Batch, Params, Question, Spec
 from research.tasks import tokens
 from research.tasks.causal_lm import INPUTS, CausalLM
 
@@ -115,6 +116,12 @@ class Preferences:
             return self._language_model.describe(output)
         rewards = {name: float(value) for name, value in output.items()}
         return rewards | {"preferred": max(rewards, key=rewards.__getitem__).removesuffix("_reward")}
+
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Ask what `CausalLM` asks, after the chosen answer of a pair, or after a question."""
+        return self._language_model.questions(params, batch, output, target)
 
     @property
     def _language_model(self) -> CausalLM:

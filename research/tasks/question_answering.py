@@ -13,7 +13,7 @@ import scipy.special
 
 from research.errors import UserError
 from research.metrics import Mean
-from research.task import Batch, Params, Spec
+from research.task import Batch, Params, Question, Spec
 from research.tasks import encoders
 
 
@@ -159,11 +159,34 @@ class QuestionAnswering:
         spans = [Span(passage[start:end], start, end, score) for (start, end), score in ranked]
         return spans, min(float(output["null_score"]) for output in outputs)
 
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Ask for the logits of where the best answer in the window starts and ends, "no answer" among them."""
+        del params
+        if target:
+            raise UserError("--target: the answer that is predicted is explained, and no other can be named")
+        start, end = int(output["start"][0]), int(output["end"][0])
+        if not np.isfinite(output["score"][0]) or (
+            self.null_threshold is not None and output["null_score"] - output["score"][0] > self.null_threshold
+        ):
+            start = end = 0
+        title = "the logits of the answer's start and end" if end else "the logits of 'no answer'"
+        choice = {"start": start, "end": end}
+        return [Question(title, batch, encoders.inputs(self.model), _span, choice, ("start", "end"), start)]
+
     def _logits(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> jax.Array:
         """Return [2, B, T]: the logits of start and end, -inf where no answer can be."""
         logits_BxTx2 = encoders.logits(self.model, params, batch, rngs)
         possible_BxT = (batch["context_mask"] != 0).at[:, 0].set(True)
         return jnp.where(possible_BxT, jnp.moveaxis(logits_BxTx2, -1, 0), -jnp.inf)
+
+
+def _span(model: nn.Module, inputs: Sequence[jax.Array | None], choice: Mapping[str, jax.Array]) -> jax.Array:
+    """Return the logits of a start and of an end, float32 [B, 2]: see `Question.score`."""
+    logits_BxTx2: Any = model(*inputs)
+    found = [logits_BxTx2[:, choice[name], i] for i, name in enumerate(("start", "end"))]
+    return jnp.stack(found, axis=1).astype(jnp.float32)
 
 
 def _loss(logits_2xBxT: jax.Array, batch: Batch) -> Mean:

@@ -1,6 +1,7 @@
 """From one text to another, by an encoder-decoder: translation, summarisation, span corruption and prefix LM alike."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,11 +9,11 @@ import jax
 import numpy as np
 
 from research.data.tokenizer import Tokenizer
-from research.generation.decoding import Decoding
+from research.generation.decoding import Decoding, token_ids
 from research.generation.detokenizer import completion
 from research.generation.sampling import generate
 from research.metrics import Mean
-from research.task import Batch, Params, Spec
+from research.task import Batch, Params, Question, Spec
 from research.tasks import tokens
 
 INPUTS = (
@@ -65,6 +66,38 @@ class Seq2Seq:
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
         """Return one output as text."""
         return {"prediction": completion(self.tokenizer, output["tokens"], self.decoding.stop)}
+
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Ask for the log-likelihoods of what is written, or of the text `target`, token by token."""
+        del params
+        end_ids, pad_id = token_ids(self.tokenizer)
+        if target:
+            ids = [*tokens.encode_target(self.tokenizer, target), *end_ids[:1]]
+        else:
+            ids = [int(id) for id in output["tokens"]]
+            ids = ids[: next((i + 1 for i, id in enumerate(ids) if id in end_ids), len(ids))]
+        start = pad_id if self.decoding.decoder_start_id is None else self.decoding.decoder_start_id
+        source: dict[str, Any] = {
+            name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "positions")
+        }
+        written = {"decoder_input_ids": np.array([[start, *ids[:-1]]], np.int32)}
+        if "positions" in source:
+            written |= {"decoder_positions": np.arange(len(ids), dtype=np.int32)[None]}
+        choice = {"positions": np.arange(len(ids)), "tokens": np.array(ids)}
+        whole = "the log-likelihood of the text of --target" if target else "the log-likelihood of what is written"
+        return [
+            Question(
+                whole,
+                source | written,
+                INPUTS,
+                tokens.chosen_tokens,
+                choice,
+                parts=tuple(tokens.word(self.tokenizer, id) for id in ids),
+                vocabulary="decoder/layers",
+            )
+        ]
 
     def _score(
         self,

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research.errors import UserError
+from research.errors import UserError, nearest
 from research.metrics import Mean
-from research.task import Batch, Params, Spec
+from research.task import Batch, Params, Question, Spec
 from research.tasks import encoders
 
 OUTSIDE = "O"
@@ -90,6 +90,27 @@ class TokenClassification:
         """Return the names of the labels of a row's words; words that have no token are outside of everything."""
         return [self._name(int(output["label"][token])) if token >= 0 else OUTSIDE for token in row["first_tokens"]]
 
+    def questions(
+        self, params: Params, batch: Batch, output: Mapping[str, np.ndarray], target: str
+    ) -> Sequence[Question]:
+        """Ask for the logits of the labels of the first three entities' tokens, or of the label `target` at each."""
+        del params
+        names = self.label_names or tuple(str(i) for i in range(getattr(self.model, "num_outputs", 0)))
+        if target and target not in names:
+            raise UserError(f"--target: there is no label '{target}'{nearest(target, names)}")
+        real_T = np.asarray(batch["target_mask"])[0] != 0
+        places = np.flatnonzero(real_T & [self._name(int(label)) != OUTSIDE for label in output["label"]])
+        places = places if len(places) else np.flatnonzero(real_T)
+        found = []
+        for place in places[:3].tolist():
+            label = names.index(target) if target else int(output["label"][place])
+            title = f"the logit of the label '{self._name(label)}' at token {place}"
+            choice = {"position": place, "label": label}
+            found.append(Question(title, batch, encoders.inputs(self.model), _logit, choice, position=place))
+        if not found:
+            raise UserError("it holds no word")
+        return found
+
     def _name(self, label: int) -> str:
         return self.label_names[label] if self.label_names else str(label)
 
@@ -101,6 +122,12 @@ class TokenClassification:
             "loss": Mean.of(losses_BxT, mask_BxT),
             "accuracy": Mean.of(logits_BxTxC.argmax(axis=-1) == targets_BxT, mask_BxT),
         }
+
+
+def _logit(model: nn.Module, inputs: Sequence[jax.Array | None], choice: Mapping[str, jax.Array]) -> jax.Array:
+    """Return one label's logit at one token, float32 [B, 1]: see `Question.score`."""
+    logits_BxTxC: Any = model(*inputs)
+    return logits_BxTxC[:, choice["position"], choice["label"], None].astype(jnp.float32)
 
 
 def spans(labels: Sequence[str]) -> list[tuple[str, int, int]]:

@@ -1,12 +1,13 @@
 """What objectives that predict tokens share: their loss, computed without all logits at once, and their checks."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.data.tokenizer import Tokenizer
 from research.errors import UserError, nearest
 from research.metrics import Mean, weighted
 from research.task import Batch, Params, Spec
@@ -103,6 +104,45 @@ def log_likelihoods(
     with jax.named_scope("loss"):
         size = block(model, params, hidden_BxTxD, chunk)
         return by_row(sums, size, hidden_BxTxD, batch["targets"], batch["target_mask"])
+
+
+def chosen_tokens(model: nn.Module, inputs: Sequence[jax.Array | None], choice: Mapping[str, jax.Array]) -> jax.Array:
+    """Return the log-likelihoods float32 [B, P] of "tokens" int [P], each predicted at its own of "positions" int [P].
+
+    See `Question.score`; the model has the methods `hidden` and `logits`.
+    """
+    hidden_BxPxD = model.hidden(*inputs)[:, choice["positions"]]
+    log_BxPxV = jax.nn.log_softmax(model.logits(hidden_BxPxD))
+    index = jnp.broadcast_to(choice["tokens"][None, :, None], (*log_BxPxV.shape[:2], 1))
+    return jnp.take_along_axis(log_BxPxV, index, axis=-1)[..., 0]
+
+
+def encode_target(tokenizer: Tokenizer | None, target: str) -> list[int]:
+    """Return the token ids of a text that the user wants to be explained, or raise UserError."""
+    if tokenizer is None:
+        if not target.isdigit():
+            raise UserError(f"--target: '{target}' is no token number, and the run has no tokenizer")
+        return [int(target)]
+    if target in tokenizer.special_tokens:
+        return [tokenizer.backend.get_vocab(with_added_tokens=True)[target]]
+    return [int(id) for id in tokenizer.backend.encode(target, add_special_tokens=False).ids]
+
+
+def one_token(tokenizer: Tokenizer | None, target: str) -> int:
+    """Return the id of the one token that a text is, or raise UserError."""
+    ids = encode_target(tokenizer, target)
+    if len(ids) != 1:
+        names = [word(tokenizer, id) for id in ids]
+        raise UserError(f"--target: '{target}' is {len(ids)} tokens, {names}; name one, such as --target='{names[0]}'")
+    return ids[0]
+
+
+def word(tokenizer: Tokenizer | None, id: int) -> str:
+    """Return a token as text, or its number where there is no tokenizer."""
+    if tokenizer is None:
+        return str(id)
+    text = tokenizer.decode([id], skip_special=False)
+    return tokenizer.backend.id_to_token(id) or str(id) if not text or "\ufffd" in text else text
 
 
 def block(model: nn.Module, params: Params, hidden_BxTxD: jax.Array, chunk: int | None) -> int:

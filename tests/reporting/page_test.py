@@ -1,104 +1,121 @@
+import base64
 import html.parser
 import io
-import pathlib
 import re
 
 import numpy as np
 import PIL.Image
+import pytest
 
-from research.reporting import comparison, page
-from research.reporting.runs import Run
+from research.reporting import heat, page
 
-HOSTILE = '<script>alert("x")</script><img src=http://example.com/a.png>'
-VOID = ("meta", "img", "br", "circle", "path")
-
-
-def png(shade=0):
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(np.full((4, 6, 3), shade, np.uint8)).save(buffer, "png")
-    return buffer.getvalue()
+HOSTILE = """<script>alert(1)</script>"onload='x'&amp;\x00\u202e\ud800 ]]> <img src=http://x.example/y.png>"""
 
 
-def make_run(folder, seed=0, accuracy=0.8, rate=1e-3):
-    (folder / "figures" / "test").mkdir(parents=True)
-    config = {"seed": seed, "optimizer.learning_rate": rate, f"note{HOSTILE}": f"{HOSTILE}{rate}"}
-    record = {"command": f"python {HOSTILE}", "git": {"commit": "0123456789abcdef", "dirty": True}}
-    return Run(folder, config, record, (), {"step": 2, "metrics": {"test/accuracy": accuracy, f"a{HOSTILE}": 1.0}})
+class Tags(html.parser.HTMLParser):
+    """Collects elements and what they refer to; a page that is not well nested is an error."""
 
-
-class Reader(html.parser.HTMLParser):
-    def __init__(self):
+    def __init__(self, text):
         super().__init__()
-        self.tags, self.open = [], []
+        self.names, self.addresses, self.open, self.text = [], [], [], []
+        self.feed(text)
+        assert not self.open
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
+        self.names.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
+        assert not any(name.startswith("on") for name, _ in attributes)
+        if tag not in page.VOID:
             self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-
-def rendered(tmp_path):
-    found = [
-        make_run(tmp_path / f"run-{rate}-{seed}", seed, 0.8 + seed / 50 + rate, rate)
-        for rate in (1e-3, 2e-3)
-        for seed in (0, 1)
-    ]
-    (found[0].path / "figures" / "test" / "boxes-10.png").write_bytes(png(1))
-    (found[0].path / "figures" / "test" / "boxes-9.png").write_bytes(png(2))
-    (found[0].path / "figures" / f"{HOSTILE.replace('/', '')}.png").write_bytes(png(3))
-    (found[0].path / "figures" / "none.png").write_text("no picture")
-    groups = comparison.make_groups(found)
-    metrics = list(dict.fromkeys(name for run in found for name in run.numbers))
-    return found, page.render(groups, metrics, png(4))
+    def handle_data(self, data):
+        self.text.append(data)
 
 
-def test_it_needs_nothing_else_and_what_runs_say_is_text(tmp_path):
-    _, text = rendered(tmp_path)
-    reader = Reader()
-    reader.feed(text)
-    assert not reader.open
-    assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object", "base", "form", "a", "style "}
-    sources = [attributes["src"] for _, attributes in reader.tags if "src" in attributes]
-    assert len(sources) == 3  # the curves, the last boxes and the one without a step
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not [name for _, attributes in reader.tags for name in attributes if name.startswith("on")]
-    style = re.search(r"<style>(.*)</style>", text, re.DOTALL)[1]
-    assert "url(" not in style
-    assert "@import" not in style
-    assert "prefers-color-scheme: dark" in style
-    policy = next(a["content"] for tag, a in reader.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy == page.POLICY
-    assert "<script>" not in text
-    assert "&lt;script&gt;" in text
+def test_no_text_becomes_markup():
+    body = page.tag("p", HOSTILE, title=HOSTILE)
+    shown = [page.tokens([HOSTILE], [1.0]), page.table(HOSTILE, [HOSTILE], [[HOSTILE, HOSTILE]])]
+    shown.append(page.figure(np.zeros((2, 2, 3), np.uint8), HOSTILE, HOSTILE))
+    shown.append(page.scroll(HOSTILE, page.details(HOSTILE, HOSTILE)))
+    text = page.page(HOSTILE, body, *shown)
+    found = Tags(text)
+    assert "script" not in found.names
+    assert found.names.count("img") == 1
+    assert [address[:22] for address in found.addresses] == ["data:image/png;base64,"]
+    assert any("<script>alert(1)</script>" in part for part in found.text)
+    text.encode()
+    assert "\x00" not in text
 
 
-def test_every_table_scrolls_in_a_box_of_its_own(tmp_path):
-    _, text = rendered(tmp_path)
-    assert text.count("<table") == text.count('<div class="scroll" tabindex="0"><table') == 5
+def test_a_page_asks_for_nothing_from_elsewhere_and_follows_the_reader():
+    text = page.page("Title", page.tag("p", "text"))
+    assert not re.search(r"https?:|//|@import|url\(", text.replace("<!doctype html>", ""))
+    assert "default-src &#x27;none&#x27;" in text
+    assert "prefers-color-scheme:dark" in text
     assert 'name="viewport"' in text
+    assert '<html lang="en">' in text
 
 
-def test_it_has_the_results_the_intervals_and_the_runs(tmp_path):
-    found, text = rendered(tmp_path)
-    assert "<title>4 runs in 2 groups</title>" in text
-    assert "81.10 % ± 1.41 (2 runs)" in text
-    assert "+0.10 points (+0.10 to +0.10; 2 pairs)" in text
-    assert "0123456789ab and changes" in text
-    assert str(found[3].path) in text
-    assert text.count("<svg") == 2  # of the accuracy; the others do not vary
+def test_what_scrolls_is_reached_by_the_keyboard():
+    box = page.table("Caption", ["a", "b"], [["row", 1]], [[0.5]])
+    assert 'tabindex="0"' in box
+    assert 'role="region"' in box
+    assert 'aria-label="Caption"' in box
+    assert '<td class="shade for" style="--share:0.500">1</td>' in box
+    assert '<th scope="row">row</th>' in box
 
 
-def test_the_last_picture_of_each_name_is_shown(tmp_path):
-    found, text = rendered(tmp_path)
-    captions = dict(page.pictures(found[0]))
-    assert captions["test/boxes, step 10, the last of 2"] == png(1)
-    assert len(captions) == 2
-    assert "test/boxes, step 10, the last of 2" in text
-    assert page.pictures(found[1]) == []
-    assert page.pictures(Run(pathlib.Path(tmp_path, "gone"), {}, {}, (), {"metrics": {}})) == []
+def test_values_stand_beside_colours():
+    text = page.tokens(["good", "bad", "x"], [0.5, -1.0, 0.0])
+    assert text.index("good") < text.index("+0.5") < text.index("bad") < text.index("\u22121") < text.index("x")
+    assert 'class="shade for" style="--share:0.500"' in text
+    assert 'class="shade against" style="--share:1.000"' in text
+    assert page.tokens([], []) == '<ol class="tokens"></ol>'
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (1.0, "1"), (-0.12345, "\u22120.123"), (1.5e-7, "1.5e-7"), (1234.5, "1.23e+3"), (float("nan"), "nan")],
+)
+def test_numbers(value, text):
+    assert page.number(value) == text
+    assert page.number(abs(value), signed=True).lstrip("+") == text.lstrip("\u2212")
+
+
+@pytest.mark.parametrize("size", [(5, 7), (200, 300)])
+def test_images_are_held_by_their_address(size):
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3)).astype(np.uint8)
+    address = page.data_uri(image)
+    opened = PIL.Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+    assert opened.size == size[::-1]
+    if max(size) <= page.SMALL:
+        np.testing.assert_array_equal(np.asarray(opened), image)
+
+
+def test_maps_over_images():
+    image = np.full((4, 4, 1), 0.5)
+    values = np.zeros((4, 4))
+    values[0, 0], values[3, 3] = 1, -1
+    drawn = heat.over(image, values)
+    assert drawn.shape == (240, 240, 3)
+    assert drawn[0, 0, 2] > drawn[0, 0, 0]
+    assert drawn[-1, -1, 0] > drawn[-1, -1, 2]
+    assert len(set(drawn[120, 120])) == 1
+    assert heat.over(image, np.zeros((4, 4))).max() > 0
+    lit = heat.lit(image, values.clip(0))
+    assert lit[0, 0, 0] > lit[-1, -1, 0] > 0
+    boxed = heat.boxed(np.zeros((300, 400, 3)), (0.25, 0.5, 0.75, 1.0))
+    assert boxed[148:154, 200].max() == 255
+    assert boxed[:145].max() == boxed[160:290, 110:290].max() == 0
+    assert heat.enlarged(np.zeros((1000, 500, 3), np.uint8)).shape == (512, 256, 3)
+
+
+def test_grids_of_places():
+    assert heat.grid(np.arange(49), (28, 28)).shape == (7, 7)
+    assert heat.grid(np.arange(6), (20, 30)).shape == (2, 3)
+    assert heat.grid(np.arange(4 * 3), (100, 75)).shape == (4, 3)  # 25 strides of pixels, rounded up
+    assert heat.grid(np.arange(5), (28, 28)) is None
+    np.testing.assert_array_equal(heat.spread(np.array([[1, 2]]), (2, 4)), [[1, 1, 2, 2]] * 2)

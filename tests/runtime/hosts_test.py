@@ -1,5 +1,6 @@
 """Joining and comparing, with threads in place of processes; the last test starts two."""
 
+import contextlib
 import os
 import re
 import signal
@@ -19,8 +20,26 @@ import pathlib, sys, time
 from research.runtime import hosts
 hosts.join(None, None, 60)
 print("joined", flush=True)
+"""
+BUSY = {
+    "asleep": "with hosts.settling():\n    time.sleep(100)\n",
+    "in collectives": """
+import numpy as np
+from jax.experimental import multihost_utils
 with hosts.settling():
-    time.sleep(100)
+    while True:
+        multihost_utils.process_allgather(np.ones(1000))
+""",
+}
+AGREEING = """
+import os
+from research.errors import UserError
+from research.runtime import hosts
+hosts.join(None, None, 60)
+try:
+    hosts.agree({"seen by all": "same", "what config.data holds": os.environ["VALUE"]})
+except UserError as error:
+    print(error, flush=True)
 """
 
 
@@ -84,29 +103,33 @@ def test_facts_name_values_by_their_path():
     assert {"code revision", "version of jax", "version of flax"} <= set(facts)
 
 
+@contextlib.contextmanager
+def started(program: str, values: tuple[str, ...] = ("", "", "")):
+    """Starts processes of one program, each with its own value of VALUE, and ends them."""
+    env = os.environ | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_PLATFORMS": "cpu"}
+    env |= {"JAX_NUM_PROCESSES": str(len(values))}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], env=env | {"JAX_PROCESS_ID": str(i), "VALUE": value}, **pipes)
+        for i, value in enumerate(values)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_process_is_named_by_the_others_in_one_line(victim, number):
-    port = free_port()
-    env = os.environ | {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": "3",
-        "JAX_PLATFORMS": "cpu",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            env=env | {"JAX_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(3)
-    ]
-    try:
+@pytest.mark.parametrize("busy", BUSY)
+def test_a_lost_process_is_named_by_the_others_in_one_line(victim, number, busy):
+    with started(PROGRAM + BUSY[busy]) as processes:
         for process in processes:
             assert process.stdout.readline() == "joined\n", process.stderr.read()
+        time.sleep(2.0)  # in which collectives are compiled
         begin = time.monotonic()
         processes[victim].send_signal(number)
         for index in {0, 1, 2} - {victim}:
@@ -114,7 +137,10 @@ def test_a_lost_process_is_named_by_the_others_in_one_line(victim, number):
             assert processes[index].returncode == 1
             assert re.fullmatch(rf"error: process {victim} on \S+ is lost: .*\n", said)
         assert time.monotonic() - begin < 60
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+
+
+@pytest.mark.slow
+def test_what_is_known_only_later_is_compared_too():
+    with started(AGREEING, ("one", "one", "two")) as processes:
+        line = "process 2 differs from process 0: what config.data holds is two, and one in process 0"
+        assert [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes] == [line] * 3
