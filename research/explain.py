@@ -23,6 +23,7 @@ from research.reporting.pictures import pixels
 from research.reporting.writers import Progress
 from research.task import DescribesRows, Explains, Params, Question
 from research.tasks import encoders, tokens
+from research.tasks.prompt_tuning import check_no_prompt
 
 MOST = 32  # examples of a page
 EXCERPT = 80  # characters of a heading
@@ -63,6 +64,7 @@ def run(
         raise UserError(f"--input: it holds {len(rows)} examples; a page explains from 1 to {MOST}")
     bare = [{name: value for name, value in row.items() if name != "label"} for _, row in rows]
     experiment = Experiment(config, source=examples(bare), workdir=workdir)
+    check_no_prompt(experiment.task, "--mode=explain")
     step, params = restore_params(experiment, workdir, checkpoint)
     check_input(rows, bare, experiment)
     sections: list[Section] = []
