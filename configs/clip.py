@@ -100,6 +100,8 @@ def large14(config: ConfigDict) -> ConfigDict:
     model.projection_size = 768
     model.image.update(patch_size=14, hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096)
     model.text.update(hidden_size=768, num_heads=12, intermediate_size=3072)
+    model.image.remat = model.text.remat = "dots"
+    config.mesh = dict(data=1, fsdp=-1, model=1)
     config.optimizer.learning_rate = 4e-4
     return config
 
