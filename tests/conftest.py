@@ -21,19 +21,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # name. `make test-slow` runs them.
 SLOW = {
     "explain": ["test_a_detector", "test_an_encoder_decoder"],
-    "explanation": [
+    "analysis/explanation": [
         *("test_encoder_decoders", "test_vision_transformers[token"),
         *("test_classifiers_of_texts[modernbert", "test_classifiers_of_texts[roberta"),
     ],
     "harness": ["test_beams_and_samples"],
-    "prompt_tuning": [
+    "tasks/prompt_tuning": [
         f"test_vectors_that_are_embeddings_are_read_as_their_tokens[{kind}" for kind in ("seq2seq", "classification")
     ],
     "unsaved": [
-        *("test_whatever_is_frozen_comes_back[dora", "test_whatever_is_frozen_comes_back[bias"),
+        *(f"test_whatever_is_frozen_comes_back[{name}" for name in ("ia3", "prompt", "dora", "bias")),
         "test_checkpoints_that_hold_everything",
     ],
-    "unsaved": [f"test_whatever_is_frozen_comes_back[{name}" for name in ("ia3", "prompt")],
     "collectives": [
         "test_data_parallel_devices_exchange_gradients_alone[bert",
         "test_data_parallel_devices_exchange_gradients_alone[detr",
