@@ -50,7 +50,7 @@ def test_modules_choose_them_for_16_bits_on_a_gpu(module):
         x = operands(768, dtype)[0]
         norm = module(dtype=x.dtype)
         params = jax.eval_shape(norm.init, jax.random.key(0), x)
-        device = jax.sharding.AbstractDevice("a device", None, platform)
+        device = jax.sharding.AbstractDevice("NVIDIA H100", None, platform)
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
             traced = jax.jit(jax.grad(lambda p: norm.apply(p, x).astype(jnp.float32).sum())).trace(params)
             return traced.lower(lowering_platforms=("cuda",)).as_text().count("xla.gpu.triton")
