@@ -129,15 +129,22 @@ def test_what_cannot_be_seen_has_no_key():
         keys.key_of([file])
 
 
+def replace(path, content):
+    """Puts another file in place of one that threads of earlier iterators may still have mapped into memory."""
+    other = path.with_name("other")
+    other.write_bytes(content)
+    other.replace(path)
+
+
 def test_a_truncated_file_is_one_line_and_a_changed_one_is_made_anew(cache):
     expected = some(make_dataset())
     values = sorted(cache.glob("*/*/0.values.npy"))
-    values[0].write_bytes(values[0].read_bytes()[:-1])
+    replace(values[0], values[0].read_bytes()[:-1])
     with pytest.raises(UserError, match=r"prepared data: '.*0.values.npy' is damaged; --mode=prepare makes anew"):
         some(make_dataset())
     content = bytearray(values[1].read_bytes())
     content[-1] ^= 1
-    values[1].write_bytes(content)
+    replace(values[1], bytes(content))
     make_dataset().prepare()
     assert_same(some(make_dataset()), expected)
 
