@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SLOW = {
     "explain": ["test_a_detector", "test_an_encoder_decoder"],
     "analysis/explanation": [
-        *("test_encoder_decoders", "test_vision_transformers[token"),
+        *("test_encoder_decoders", "test_detectors", "test_vision_transformers[token"),
         *("test_classifiers_of_texts[modernbert", "test_classifiers_of_texts[roberta"),
     ],
     "harness": ["test_beams_and_samples"],
