@@ -14,10 +14,8 @@ def digest(dataset: Dataset) -> str:
     Files are told apart by what stands in them: their paths and times differ between machines.
     """
     count = len(dataset.source)
-    made = [
-        dataset.transform(dataset.source[int(place)], np.random.default_rng(place))
-        for place in np.unique(np.linspace(0, count - 1, SAMPLE).astype(np.int64))
-    ]
+    places = np.unique(np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64))  # none where there are none
+    made = [dataset.transform(dataset.source[int(i)], np.random.default_rng(i)) for i in places]
     try:
         return key_of(count, made)
     except UnknownError:  # a feature of a kind of its own, of which the number has to do

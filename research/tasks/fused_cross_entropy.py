@@ -73,7 +73,7 @@ def _kernel(
     target, weight = target_ref[...], weight_ref[...]
     exists = (target >= 0) & (target < size)
     of_target = jnp.where(exists, logits_ref[jnp.where(exists, target, 0)].astype(jnp.float32), jnp.nan)
-    count = (size + block - 1) // block
+    count = pl.cdiv(size, block)
 
     def part(index: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         places = pl.ds(index * block, block)

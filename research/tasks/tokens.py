@@ -76,9 +76,8 @@ def score(
         hidden_BxTxD = jnp.take_along_axis(hidden_BxTxD, chosen_BxN[..., None], 1)
 
     def sums(params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-        computed = jnp.asarray(
-            model.apply({"params": params}, hidden, method="logits")
-        )  # in the dtype that it comes in
+        # In the dtype that they come in, unlike those of `logits`: see `cross_entropy.sums`.
+        computed = jnp.asarray(model.apply({"params": params}, hidden, method="logits"))
         return cross_entropy.sums(computed, targets, weights, label_smoothing, z_loss)
 
     size = block(model, params, hidden_BxTxD, chunk)
@@ -112,7 +111,7 @@ def chosen_tokens(model: nn.Module, inputs: Sequence[jax.Array | None], choice: 
     See `Question.score`; the model has the methods `hidden` and `logits`.
     """
     hidden_BxPxD = model.hidden(*inputs)[:, choice["positions"]]
-    log_BxPxV = jax.nn.log_softmax(model.logits(hidden_BxPxD))
+    log_BxPxV = jax.nn.log_softmax(model.logits(hidden_BxPxD).astype(jnp.float32))
     index = jnp.broadcast_to(choice["tokens"][None, :, None], (*log_BxPxV.shape[:2], 1))
     return jnp.take_along_axis(log_BxPxV, index, axis=-1)[..., 0]
 

@@ -15,3 +15,8 @@ def test_the_same_examples_agree_and_others_do_not():
     assert digest(examples[:-1]) != digest(examples)
     assert digest([*examples[:-1], {"label": 5}]) != digest(examples)
     assert digest([{"label": 5}, *examples[1:]]) != digest(examples)
+
+
+def test_no_examples_agree_with_no_examples_alone():
+    assert digest([]) == digest([])
+    assert digest([]) != digest([{"label": 0}])
