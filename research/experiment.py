@@ -305,12 +305,9 @@ class Experiment:
         def place(x: Any, shape: jax.ShapeDtypeStruct) -> jax.Array | None:
             if isinstance(x, jax.ShapeDtypeStruct):
                 return None
-            if not isinstance(x, Pending):
-                return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: x[index])
-            wanted = shape.sharding.addressable_devices_indices_map(x.shape).values()
-            indices = list({str(index): index for index in wanted}.values())
-            parts = dict(zip(map(str, indices), x.parts(indices)))
-            return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: parts[str(index)])
+            if isinstance(x, Pending):
+                return x.place(shape.sharding)
+            return jax.make_array_from_callback(x.shape, shape.sharding, lambda index: x[index])
 
         return jax.tree.map(place, loaded, shapes)
 

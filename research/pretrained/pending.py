@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import Any
 
+import jax
 import numpy as np
 
 Index = tuple[slice, ...]
@@ -54,6 +55,13 @@ class Pending:
                 else:
                     found[i][piece.index - ranges[i][0].start] = array
         return found
+
+    def place(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        """Return it on its devices; a part that several of them hold is read once."""
+        wanted = sharding.addressable_devices_indices_map(self.shape).values()
+        indices = {str(index): index for index in wanted if index is not None}
+        parts = dict(zip(indices, self.parts(list(indices.values()))))
+        return jax.make_array_from_callback(self.shape, sharding, lambda index: parts[str(index)])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return all of it."""
