@@ -4,9 +4,10 @@ Data: the movie-review snippets of VADER (Hutto & Gilbert 2014), 9,509 to train 
 from the Python package registry. The recipe is the usual one for BERT (Devlin 2018, section A.3).
 Expected: test accuracy 85 to 86 %, of any seed; TF-IDF and logistic regression reach 78 %.
 Hardware: 2 CPU cores, 3 to 5 minutes.
-`:lora` trains low-rank adapters and the head alone. `:dora`, `:ia3`, `:prompt` and `:bias` are
-other ways to train little beside the head: low-rank adapters with magnitudes, vectors that multiply activations, a
-prompt of 20 learned vectors, and the biases (Ben Zaken 2021); what accuracy they reach was not measured. `:tiny`, and
+`:lora` trains low-rank adapters and the head alone. `:qlora`, `:dora`, `:ia3`, `:prompt` and `:bias` are
+other ways to train little beside the head: low-rank adapters on a base in 4 bits (Dettmers 2023), or with magnitudes,
+vectors that multiply activations, a prompt of 20 learned vectors, and the biases (Ben Zaken 2021); what accuracy they
+reach was not measured. `:tiny`, and
 each of these with `-tiny` behind its name, need neither network nor files and take seconds. --mode=sweep tries three
 rates with three seeds each.
 """
@@ -58,7 +59,7 @@ def data(split: str, length_buckets: int) -> dict:
     )
 
 
-def lora(config: ConfigDict, **settings: bool) -> ConfigDict:
+def lora(config: ConfigDict, **settings: Any) -> ConfigDict:
     """Train low-rank matrices beside the frozen attention and MLP kernels, and the new head as it is."""
     targets = ["layers/.*/kernel$"]
     return adapted(config, 1e-3, call="research.tasks.lora.LoRA", rank=8, alpha=16.0, targets=targets, **settings)
@@ -112,6 +113,8 @@ VARIANTS = {
     "tiny": tiny,
     "lora": lora,
     "lora-tiny": lambda config: lora(tiny(config)),
+    "qlora": lambda config: lora(config, base_format="nf4"),
+    "qlora-tiny": lambda config: lora(tiny(config), base_format="int8"),  # its width is less than a block of NF4
     "dora": dora,
     "dora-tiny": lambda config: dora(tiny(config)),
     "ia3": ia3,

@@ -292,7 +292,7 @@ class Experiment:
         if lost := [name for name in report.new for pattern in self._borrowed if re.search(pattern, name)]:
             raise UserError(f"config.init: it lacks {lost[0]}, which must come from another run")
         if isinstance(adapter, Adapts):
-            if lost := sorted(set(report.new) & set(flax.traverse_util.flatten_dict(shapes["base"], sep="/"))):
+            if lost := sorted(set(report.new) - set(flax.traverse_util.flatten_dict(shapes.get("whole", {}), sep="/"))):
                 raise UserError(
                     f"config.init: it lacks {lost[0]}, which would stay random; name it in config.task.whole"
                 )

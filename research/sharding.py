@@ -18,12 +18,13 @@ AXES = ("data", "fsdp", "model")
 Rules = Sequence[tuple[str, P]]
 
 # The first rule that finds a path counts; its axes are those of the parameter's last dimensions, so that the leading
-# axis of stacked layers needs no word. Moments and averages end in their parameter's path and follow it.
+# axis of stacked layers needs no word. Moments and averages end in their parameter's path and follow it, and so
+# do the codes and scales of packed kernels.
 RULES: Rules = (
-    (r"(query|key|value|up|gate)/kernel$", P("fsdp", "model")),
-    (r"(out|down)/kernel$", P("model", "fsdp")),
+    (r"(query|key|value|up|gate)/kernel(_codes|_scales)?$", P("fsdp", "model")),
+    (r"(out|down)/kernel(_codes|_scales)?$", P("model", "fsdp")),
     (r"/embedding$", P("model", "fsdp")),
-    (r"/kernel$", P("fsdp", None)),
+    (r"/kernel(_codes|_scales)?$", P("fsdp", None)),
     (r"", P()),
 )
 

@@ -41,7 +41,8 @@ def init_state(task: Task, optimizer: Optimizer, spec: Spec, seed: int, loaded: 
         params = jax.tree.map(lambda new, old: new if old is None else old, params, loaded)
     if isinstance(task, Starts):
         params = task.start(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(step_rng))
+    opt_state = optimizer.init(_real(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(step_rng))
 
 
 def train_step(task: Task, optimizer: Optimizer, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
@@ -55,13 +56,13 @@ def train_step(task: Task, optimizer: Optimizer, state: TrainState, batch: Batch
     with jax.named_scope("gradients"):
         gradients, metrics = _gradients(task, state.params, batch, rng, optimizer.microbatches)
     with jax.named_scope("update"):
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, _real(state.params))
     one = jnp.ones(())
     metrics |= {
         "gradient_norm": Mean(optax.tree.norm(optimizer.trainable(gradients)), one),
         "learning_rate": Mean(jnp.asarray(optimizer.learning_rate(state.step), jnp.float32), one),
     }
-    params = optax.apply_updates(state.params, updates)
+    params = _with(state.params, optax.apply_updates(_real(state.params), updates))
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
@@ -69,9 +70,10 @@ def _gradients(
     task: Task, params: Params, batch: Batch, rng: jax.Array, microbatches: int
 ) -> tuple[Params, dict[str, Mean]]:
     """Return the gradient of total loss / total count, the same however the batch is split, and the metrics."""
+    every, params = params, _real(params)
 
     def total_loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
-        loss, metrics = task.loss(params, batch, rng)
+        loss, metrics = task.loss(_with(every, params), batch, rng)
         return loss.total, {"loss": loss} | metrics
 
     gradient = jax.grad(total_loss, has_aux=True)
@@ -92,6 +94,16 @@ def _gradients(
     # A fully masked batch has a zero gradient, not NaN.
     count = jnp.maximum(metrics["loss"].count, jnp.finfo(jnp.float32).tiny)
     return jax.tree.map(lambda g: g / count, gradients), metrics
+
+
+def _real(params: Params) -> Params:
+    """Return the parameters with None for integers, as codes of frozen kernels are, which have no gradient."""
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, params)
+
+
+def _with(params: Params, real: Params) -> Params:
+    """Return the parameters with what `_real` makes of them in place of it."""
+    return jax.tree.map(lambda x, new: x if new is None else new, params, real)
 
 
 def _split(microbatches: int, x: jax.Array) -> jax.Array:

@@ -115,7 +115,7 @@ def test_a_stopped_run_ends_with_the_same_bits(run, published, tmp_path):
     assert next(results) == next(results)
 
 
-@pytest.mark.parametrize("variant", ["dora-tiny", "ia3-tiny", "prompt-tiny", "bias-tiny"])
+@pytest.mark.parametrize("variant", ["qlora-tiny", "dora-tiny", "ia3-tiny", "prompt-tiny", "bias-tiny"])
 def test_whatever_is_frozen_comes_back(variant, published, tmp_path):
     config = configured(published, variant)
     config.num_steps = 4

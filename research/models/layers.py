@@ -223,8 +223,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, activate: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
         """Map [..., D] to [..., features], in `dtype`, and apply an elementwise function where one is given."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+        y = self.multiply(x.reshape(-1, x.shape[-1]))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             if activate is not None and y.dtype != jnp.float32:
@@ -234,6 +233,11 @@ class Dense(nn.Module):
         if activate is not None:
             y = in_float32(activate)(y)
         return y.reshape(*x.shape[:-1], self.features)
+
+    def multiply(self, x_NxD: jax.Array) -> jax.Array:
+        """Return x times the kernel, [N, features] in `dtype`; called by the layer alone."""
+        kernel = self.param("kernel", self.kernel_init, (x_NxD.shape[-1], self.features), jnp.float32)
+        return x_NxD.astype(self.dtype) @ kernel.astype(self.dtype)
 
 
 class Embedding(nn.Module):

@@ -102,9 +102,13 @@ def _normal_float() -> np.ndarray:
 
 
 _HALF_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6  # two bits of exponent, one of mantissa
+# What a block's values are rounded to in the formats of 4 bits, as shares of its greatest magnitude, ascending.
+LEVELS: dict[str, np.ndarray] = {
+    "nf4": _normal_float(),
+    "fp4": np.unique(np.concatenate([-_HALF_FP4, _HALF_FP4])),
+    "int4": np.arange(-7, 8) / 7,
+}
 FORMATS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "int8": int8,
-    "nf4": in_blocks(_normal_float()),
-    "fp4": in_blocks(np.unique(np.concatenate([-_HALF_FP4, _HALF_FP4]))),
-    "int4": in_blocks(np.arange(-7, 8) / 7),
+    **{name: in_blocks(levels) for name, levels in LEVELS.items()},
 }

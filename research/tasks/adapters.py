@@ -6,6 +6,7 @@ to evaluate, predict and export they are merged into the model's parameters.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ import numpy as np
 from research.errors import UserError, nearest
 from research.metrics import Mean
 from research.task import Batch, Params, Spec, Task
+from research.tasks import packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Adapter:
     Attributes:
       task: what is adapted.
       whole: regular expressions of parameters that train as they are, such as those of a new head.
+      base_format: what the kernels of the base's layers are kept in: "float32", "bfloat16", "int8" (a scale for each
+        output; Dettmers 2022), or, in blocks of 64 inputs, "nf4" (Dettmers 2023), "fp4" or "int4". They are rounded as
+        they are read; what is evaluated and exported is the rounded base with what trained, in float32.
       part: where the kind's own parameters are.
     """
 
@@ -34,6 +39,12 @@ class Adapter:
 
     task: Task
     whole: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    base_format: str = dataclasses.field(default="float32", kw_only=True)
+
+    def __post_init__(self):
+        if self.base_format not in packed.FORMATS:
+            known = nearest(self.base_format, packed.FORMATS)
+            raise UserError(f"config.task.base_format: there is no '{self.base_format}'{known}")
 
     @property
     def model(self) -> nn.Module:
@@ -60,16 +71,17 @@ class Adapter:
         raise NotImplementedError
 
     def divide(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a tree like the wrapped task's parameters as its parts "base" and "whole"."""
+        """Return a tree like the wrapped task's parameters as its parts "base", packed, and "whole"."""
         leaves = flat(params)
         whole = set(found(self.whole, leaves))
-        parts = {"base": {name: x for name, x in leaves.items() if name not in whole}}
+        base = {name: x for name, x in leaves.items() if name not in whole}
+        parts = {"base": packed.pack(base, self.base_format)}
         parts["whole"] = {name: leaves[name] for name in whole}
         return {name: tree(part) for name, part in parts.items() if part}
 
     def join(self, params: Mapping[str, Any]) -> Params:
         """Return the parts "base" and "whole" as a tree like the wrapped task's parameters."""
-        return tree({**flat(params["base"]), **flat(params.get("whole", {}))})
+        return tree({**packed.unpack(flat(params["base"]), self.base_format), **flat(params.get("whole", {}))})
 
     def merge(self, params: Params) -> Params:
         """Return the wrapped task's parameters with the kind's own applied."""
@@ -77,9 +89,10 @@ class Adapter:
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
         """Return the wrapped task's loss and metrics, with the kind's own parameters applied in its layers."""
-        fixed = {**params, "base": jax.lax.stop_gradient(params["base"])}
-        beside = tree(flat(self.join(fixed)) | flat(params[self.part]))
-        with nn.intercept_methods(self.intercept):
+        base = jax.lax.stop_gradient(params["base"])
+        beside = tree(flat(base) | flat(params.get("whole", {})) | flat(params[self.part]))
+        unpacked = functools.partial(packed.intercept, self.base_format)
+        with nn.intercept_methods(unpacked), nn.intercept_methods(self.intercept):
             return self.task.loss(beside, batch, rng)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:

@@ -36,6 +36,7 @@ class IA3(Adapter):
     feedforward: tuple[str, ...] = ()
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.targets and not self.feedforward:
             raise UserError("targets, feedforward: name at least one regular expression of kernels to adapt")
 

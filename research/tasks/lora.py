@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from research.errors import UserError
 from research.models import layers
 from research.task import Params
+from research.tasks import packed
 from research.tasks.adapters import Adapter, flat, tree
 
 DOWN, UP, MAGNITUDE = "lora_a", "lora_b", "lora_magnitude"
@@ -47,6 +48,7 @@ class LoRA(Adapter):
     dropout: float = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.rank < 1:
             raise UserError(f"rank: {self.rank} is less than 1")
         if not 0 <= self.dropout < 1:
@@ -118,7 +120,7 @@ class LoRA(Adapter):
 
         The norm is a constant for the gradient (Liu 2024, section 4.3).
         """
-        kernel: jax.Array = module.get_variable("params", "kernel")
+        kernel = packed.kernel_of(module, self.base_format)
         norm = jax.lax.stop_gradient(magnitudes(kernel + self._product(down, up)))
         factor = _ratio(module.get_variable("params", MAGNITUDE), norm)
         bias: Any = module.get_variable("params", "bias") if module.has_variable("params", "bias") else 0.0

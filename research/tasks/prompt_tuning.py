@@ -52,6 +52,7 @@ class PromptTuning(Adapter):
     seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.length < 1:
             raise UserError(f"length: {self.length} is less than 1")
         if not isinstance(self.task, TASKS):
