@@ -144,18 +144,10 @@ def _digest(params: Params) -> list[str]:
 
 def _path(experiment: Experiment, task: Precomputes, weights: list[str], data: Dataset) -> pathlib.Path | None:
     """Return where the numbers of a dataset's rows are kept; None where what it holds has no key."""
-    model = str(experiment.task.model)
+    model = experiment.task.model
+    code = [VERSION, str(model), type(model), type(task), list(task.precomputed)]
     try:
-        key = keys.key_of(
-            VERSION,
-            weights,
-            model,
-            type(task),
-            list(task.precomputed),
-            data.source,
-            list(data.ops),
-            list(data.features),
-        )
+        key = keys.key_of(code, weights, data.source, list(data.ops), list(data.features))
     except (keys.UnknownError, RecursionError):
         return None
     return assets.cache_dir() / "precomputed" / f"{key}.npz"
