@@ -15,6 +15,8 @@ messages instead, {"role": "user", "content": "Hello"}; so may both answers be w
   --config.data.source.prompt, .chosen, .rejected    the fields
   --config.task.objective        dpo, ipo, kto, orpo or simpo; give simpo a --config.task.beta of 2 or more
   --config.task.reference_dtype  bfloat16 holds what dpo, ipo and kto compare with in half of the memory
+  --config.task.precompute_reference  true: dpo and ipo compute what they compare with once, before training or by
+                                 --mode=prepare, hold no second model, and take a forward pass less a step
   --config.init.path             the model: hf://ORG/NAME, a folder, or what --mode=export wrote; best one that was
                                  tuned on conversations, by configs/finetune_chat.py
   --config.data.ops[0].max_length  tokens a conversation; longer ones are cut
@@ -44,6 +46,7 @@ COMPARED = ("dpo", "ipo", "kto")  # with a reference
 def get_config(variant: str = "") -> ConfigDict:
     path = FieldReference("hf://HuggingFaceTB/SmolLM2-135M-Instruct")
     test, objective, length = FieldReference(""), FieldReference("dpo"), FieldReference(1024)
+    ahead = FieldReference(False)
     preferences = dict(
         call="research.data.files.preferences",
         train=placeholder(str),
@@ -70,6 +73,7 @@ def get_config(variant: str = "") -> ConfigDict:
         objective=objective,
         beta=0.1,
         reference_dtype="float32",
+        precompute_reference=ahead,
         logits_chunk=256,
         model=dict(call="research.pretrained.huggingface.load_model", path=path, kind="causal_lm"),
     )
@@ -83,13 +87,17 @@ def get_config(variant: str = "") -> ConfigDict:
         warmup=0.1,
         weight_decay=0.0,
         clip_norm=1.0,
-        freeze=derived(objective, lambda name: ("^reference/",) if name in COMPARED else (), tuple),
+        freeze=derived(objective, frozen, tuple, ahead),
     )
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.checkpoint = dict(every_steps=500, keep=2)
     config.log = dict(every_steps=10, evaluate_every_steps=0)
     config.decoding = dict(max_new_tokens=256, chat=True, stop=("<|im_end|>",))  # the end of a turn in ChatML
     return choose(variant, VARIANTS, config)
+
+
+def frozen(objective: str, ahead: bool) -> tuple[str, ...]:
+    return ("^reference/",) if objective in COMPARED and not ahead else ()
 
 
 def smollm2(config: ConfigDict) -> ConfigDict:

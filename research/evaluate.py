@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from research import precompute
 from research.errors import UserError
 from research.experiment import Experiment
 from research.optimizer import evaluation_params
@@ -35,10 +36,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = "") -> dict
     experiment = Experiment(config, workdir=workdir)
     if not experiment.evaluators:
         raise UserError("config.evals: there is nothing to evaluate on")
+    evaluators = precompute.evaluators(experiment)
     step, params = restore_params(experiment, workdir, checkpoint)
     progress = Progress(step, step)
     with progress.phase(f"evaluating the checkpoint of step {step}"):
-        metrics, pictures = scores(experiment.evaluators, params)
+        metrics, pictures = scores(evaluators, params)
     result = {"step": step, "metrics": metrics}
     if jax.process_index() == 0:
         write_pictures(workdir, step, pictures)

@@ -27,7 +27,7 @@ from research.generation.decoding import Decoding
 from research.optimizer import Optimizer, moving
 from research.pretrained.pending import Pending
 from research.reporting.record import read_config
-from research.task import Adapts, Borrows, KeepsStart, NeedsWholeBatch, Params, Spec, Task
+from research.task import Adapts, Borrows, KeepsStart, NeedsWholeBatch, Params, Precomputes, Spec, Task
 
 KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
@@ -120,7 +120,8 @@ class Experiment:
         if isinstance(self.task, KeepsStart) and self.task.fixed:
             raise UserError(
                 f"config.task.task: {type(self.task).__name__} keeps a copy of its start, which {name} does not hold; "
-                "take an objective without a reference, such as simpo or orpo"
+                "take an objective without a reference, such as simpo or orpo, or dpo or ipo with "
+                "config.task.task.precompute_reference"
             )
         for key in ("average", "schedule_free"):
             if section.get(key) is not None:
@@ -271,9 +272,11 @@ class Experiment:
 
     @property
     def spec(self) -> Spec:
-        """The shapes and dtypes of the largest training batch."""
+        """The shapes and dtypes of the largest training batch, with what the task computes of the rows ahead."""
         spec = self.derived["spec"]
-        return {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in spec.items()}
+        ahead = self.task.precomputed if isinstance(self.task, Precomputes) else ()
+        read = {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in spec.items()}
+        return read | dict.fromkeys(ahead, jax.ShapeDtypeStruct((self.config.batch_size,), "float32"))
 
     def init_state(self, loaded: Params | None = None) -> step.TrainState:
         """Return a new train state; pure. See `step.init_state`."""
@@ -352,6 +355,10 @@ class Experiment:
             flat = flax.traverse_util.flatten_dict(params, sep="/")
             return {name: flat[name] for name in names}
 
+        return self.start_params(chosen)
+
+    def start_params(self, chosen: Callable[[Params], Any] = dict) -> Any:
+        """Return the parameters that training begins with, or what is `chosen` of them, each made where it lives."""
         shardings = jax.tree.map(lambda x: x.sharding, chosen(self.abstract_state.params))
         start = jax.jit(lambda loaded: chosen(self.init_state(loaded).params), out_shardings=shardings)
         return start(self.pretrained(again=True))

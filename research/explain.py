@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from research import storage
+from research import precompute, storage
 from research.analysis.explanation import IMAGE, Explainer, Explanation
 from research.data.dataset import Example
 from research.data.source import examples
@@ -101,12 +101,12 @@ def _sections(
 ) -> Iterator[tuple[Section, dict[str, np.ndarray]]]:
     """Yield every row's part of the page, and its numbers."""
     explainer = _explainer(experiment, params)
-    predict = jax.jit(experiment.task.predict)
+    predict, complete = jax.jit(experiment.task.predict), precompute.completing(experiment)
     key = jax.random.key(experiment.config.get("seed", 0))
     _check_task(experiment, target)
     for (place, row), example in zip(rows, bare):
         batches = [one for _, batch in experiment.data.rows([example]) for one in _apart(batch)]
-        outputs = [_first(jax.device_get(predict(params, batch, key))) for batch in batches]
+        outputs = [_first(jax.device_get(predict(params, complete(batch), key))) for batch in batches]
         prediction = _described(experiment, example, outputs)
         for part, (batch, output) in enumerate(zip(batches, outputs), start=1):
             title = f"{place}{_excerpt(row)}" + (f" (part {part} of {len(batches)})" if len(batches) > 1 else "")
@@ -129,7 +129,7 @@ def _explainer(experiment: Experiment, params: Params) -> Explainer:
     return Explainer(experiment.task.model, params, blank, tokenizer.special_ids)
 
 
-def _apart(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+def _apart(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
     for i in range(len(batch["mask"])):
         yield {name: value[i : i + 1] for name, value in batch.items()}
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from research import sharding, storage
+from research import precompute, sharding, storage
 from research.build import locate
 from research.data import image, image_files, prepared
 from research.data.dataset import Example
@@ -86,11 +86,12 @@ def _outputs(
     """Yield the outputs of every row, with the index of the example that it was made of."""
     data, mesh = experiment.data, experiment.mesh
     predict = jax.jit(sharding.over(mesh, experiment.task.predict))
+    complete = precompute.completing(experiment)
     key = jax.random.key(experiment.config.get("seed", 0))
     for place, (made_from, batch) in enumerate(data.rows(bare)):
         # The last batch is filled up like the others, so that it divides over the devices and compiles no new shape.
         full = {name: np.resize(value, (data.batch_size, *value.shape[1:])) for name, value in batch.items()}
-        placed, drawn = sharding.place(full, mesh), jax.random.fold_in(key, place)
+        placed, drawn = complete(sharding.place(full, mesh)), jax.random.fold_in(key, place)
         outputs = jax.device_get(predict(params, placed, drawn))
         for i, number in enumerate(made_from):
             yield number, {name: value[i] for name, value in outputs.items()}

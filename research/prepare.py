@@ -1,5 +1,7 @@
 """Prepares the data of a config ahead of a run: what its ops make of them that draws nothing, in the cache.
 
+So is what the task computes of them before training, such as the likelihoods of a reference; that takes its weights.
+
 Several processes, also on several machines with one cache, share the work when they are started at once.
 """
 
@@ -8,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from research import precompute
 from research.data.dataset import Dataset
 from research.experiment import Experiment
 from research.reporting.writers import Progress
@@ -33,5 +36,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         dataset = getattr(evaluator, "dataset", getattr(evaluator, "data", None))
         found |= {f"evals.{name}": dataset} if isinstance(dataset, Dataset) else {}
     rows = {name: dataset.prepare() for name, dataset in found.items()}
+    precompute.ready(experiment)
     Progress(0, 0).table("rows that are prepared", rows)
     return rows

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -232,6 +233,13 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of what every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """Return all of an array, also where other processes hold parts of it, in which case all of them must ask."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -101,6 +101,29 @@ class KeepsStart(Starts, Protocol):
 
 
 @runtime_checkable
+class Precomputes(Protocol):
+    """A task that takes features of its batches from what the parameters that training begins with say of each row.
+
+    They are computed once, before training, of all rows, and are in the batches of training and of `metrics`.
+
+    Attributes:
+      precomputed: the names of these features, a float32 [B] each; none where there is nothing to compute.
+      precomputed_title: what they are, in words: "the reference's likelihoods".
+    """
+
+    precomputed_title: str
+
+    @property
+    def precomputed(self) -> tuple[str, ...]:
+        """See above."""
+        ...
+
+    def precompute(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """Return these features of a batch; nothing of one that `predict` takes without them."""
+        ...
+
+
+@runtime_checkable
 class NeedsWholeBatch(Protocol):
     """A task whose loss of an example depends on the others of its batch.
 

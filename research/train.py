@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from research import evaluate, flops, sharding, storage
+from research import evaluate, flops, precompute, sharding, storage
 from research.checkpoint import Checkpoints
 from research.data import agreement
 from research.data.dataset import Dataset
@@ -103,12 +103,13 @@ class _Loop:
         self.experiment, self.workdir, self.checkpoints, self.preemption = experiment, workdir, checkpoints, preemption
         self.traced, self.trace = traced, contextlib.ExitStack()
         self.tracing = False
+        self.data, self.evaluators = precompute.ready(experiment, preemption.check)
         # Resume this run, else start from pretrained weights, else from scratch.
         restored = checkpoints.restore(experiment.abstract_state)
         self.state, extras = restored or (start(experiment), {})
         self.step = int(self.state.step)
         record.note(resumed_from=self.step if restored else None)
-        self.batches = experiment.data.batches()
+        self.batches = self.data.batches()
         if restored:
             self.batches.set_state(extras["data"])
         chip = flops.chip_of(jax.devices()[0])
@@ -187,7 +188,7 @@ class _Loop:
 
         Where rows are packed, these are what the number of rows in an epoch, an estimate, says.
         """
-        data, rows = self.experiment.data, self.step * self.experiment.config.batch_size
+        data, rows = self.data, self.step * self.experiment.config.batch_size
         if data.mixture is None:
             return {}
         examples = round(rows / data.size * len(data.mixture))
@@ -201,14 +202,14 @@ class _Loop:
 
     def evaluate(self) -> bool:
         """Evaluate unless this step was; return whether it did."""
-        if not self.experiment.evaluators or self.evaluation["step"] == self.step > 0:
+        if not self.evaluators or self.evaluation["step"] == self.step > 0:
             return False
         self.read_metrics()
         self.lap("train")
         params = self.experiment.merged(evaluation_params(self.state.params, self.state.opt_state))
         try:
             with self.progress.phase(f"evaluating at step {self.step}"):
-                metrics, pictures = evaluate.scores(self.experiment.evaluators, params, self.preemption.check)
+                metrics, pictures = evaluate.scores(self.evaluators, params, self.preemption.check)
         except PreemptedError:
             self.stop()
         except (evaluate.EvaluationError, UserError) as error:

@@ -94,6 +94,7 @@ SLOW = {
         "test_the_divergence_is_its_formula[reverse-2",
         *(f"test_the_divergence_is_its_formula[{name}-1.0-1.0" for name in ("forward", "reverse")),
     ],
+    "precompute": ["test_training_is_that_with_a_reference_that_is_held[ipo"],
     "tasks/preferences": [
         *(f"test_it_learns_and_the_reference_stays_bit_identical[{name}" for name in ("ipo", "kto", "simpo", "orpo")),
         *(

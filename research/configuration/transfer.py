@@ -4,11 +4,8 @@ import re
 from typing import Any
 
 import flax.traverse_util
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from research import storage
+from research import sharding, storage
 from research.errors import UserError, nearest
 from research.evaluate import restore_params
 from research.experiment import Experiment
@@ -60,7 +57,7 @@ def load_params(
             )
         if name not in fresh and held[name].shape != shape.shape:
             raise UserError(f"{name} has the shape {shape.shape} here, {held[name].shape} in the run in {path}")
-    tree = {name: shape if name in fresh else _whole(held[name]) for name, shape in wanted.items()}
+    tree = {name: shape if name in fresh else sharding.whole(held[name]) for name, shape in wanted.items()}
     unused = sorted(name for name in held if name not in wanted or name in fresh)
     return flax.traverse_util.unflatten_dict(tree, sep="/"), Report(tuple(sorted(fresh)), tuple(unused))
 
@@ -69,10 +66,3 @@ def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _whole(array: jax.Array) -> np.ndarray:
-    """Return all of an array, also where other processes hold parts of it."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -36,9 +36,13 @@ def choose(
     return variants[name or ""](config)
 
 
-def derived(reference: FieldReference, function: Callable[[Any], Any], kind: type) -> FieldReference:
-    """Return a config value, of type `kind`, that follows another one: `function` of it, unless overridden itself."""
-    return FieldReference(kind(), field_type=kind, op=_Follow(lambda _, value: function(value), [reference]))
+def derived(
+    reference: FieldReference, function: Callable[..., Any], kind: type, *others: FieldReference
+) -> FieldReference:
+    """Return a config value, of type `kind`, that follows others: `function` of them, unless overridden itself."""
+    return FieldReference(
+        kind(), field_type=kind, op=_Follow(lambda _, *values: function(*values), [reference, *others])
+    )
 
 
 class _Follow(NamedTuple):

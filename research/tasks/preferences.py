@@ -5,7 +5,7 @@ Shape letters: B pairs, S the two sides (chosen, rejected), T positions, D width
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,8 @@ from research.tasks.causal_lm import INPUTS, CausalLM
 
 OBJECTIVES = ("dpo", "ipo", "kto", "orpo", "simpo")
 COMPARED = ("dpo", "ipo", "kto")  # with a reference
+ALONE = ("dpo", "ipo")  # of these, those that compare a pair's own answers alone
+LIKELIHOODS = ("reference_likelihood", "rejected_reference_likelihood")
 FEATURES = ("input_ids", "targets", "target_mask")
 DTYPES = ("float32", "bfloat16")
 
@@ -33,7 +35,9 @@ class Preferences:
 
     The batch holds a `CausalLM`'s features of the prompt with the chosen answer, and the same, with "rejected_" before
     their names, of the rejected one; see `data.preferences.PreferenceTokens`. DPO, IPO and KTO compare the model with
-    its reference, what it was when training began: parameters under "reference", which `config.optimizer.freeze` keeps.
+    its reference, what it was when training began: parameters under "reference", which `config.optimizer.freeze` keeps;
+    or, with `precompute_reference`, features float32 [B] of the batch: "reference_likelihood", the sum over the chosen
+    answer's tokens in nats, and "rejected_reference_likelihood".
 
     Losses and rewards are those of TRL 1.16, means over pairs, where ORPO's likelihood term is of the chosen answer's
     tokens, averaged by answer, as its paper has it.
@@ -48,10 +52,15 @@ class Preferences:
       chosen_weight: of kto: what losses of chosen answers are multiplied by.
       rejected_weight: alike.
       reference_dtype: what the reference is held in; bfloat16 takes half of the memory.
+      precompute_reference: of dpo and ipo: compute the reference's log-likelihoods once, before training, and hold no
+        reference. A step saves its forward pass. Rewards that are 0 before training are so to rounding then, as the two
+        log-likelihoods come from two programs.
       logits_chunk: see `CausalLM`.
       tokenizer: alike.
       decoding: alike.
     """
+
+    precomputed_title: ClassVar[str] = "the reference's likelihoods"
 
     model: nn.Module
     objective: str = "dpo"
@@ -60,6 +69,7 @@ class Preferences:
     chosen_weight: float = 1.0
     rejected_weight: float = 1.0
     reference_dtype: str = "float32"
+    precompute_reference: bool = False
     logits_chunk: int | None = None
     tokenizer: Tokenizer | None = None
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
@@ -70,11 +80,40 @@ class Preferences:
                 raise UserError(f"config.task.{name}: no '{value}'{nearest(value, known)}")
         if self.beta <= 0:
             raise UserError(f"config.task.beta: {self.beta} is not greater than 0")
+        if self.precompute_reference:
+            self._check_precomputed()
+
+    def _check_precomputed(self) -> None:
+        """Raise UserError where the reference's log-likelihoods of the pairs are not all that is asked of it."""
+        if self.objective not in ALONE:
+            why = "asks its reference about other pairs' answers" if self.objective in COMPARED else "has no reference"
+            raise UserError(f"config.task.precompute_reference: {self.objective} {why}; dpo and ipo take it")
+        if self.reference_dtype != "float32":
+            raise UserError(
+                "config.task.precompute_reference: no reference is held; leave out config.task.reference_dtype"
+            )
+
+    @property
+    def _holds(self) -> bool:
+        """Whether the reference is held as parameters."""
+        return self.objective in COMPARED and not self.precompute_reference
 
     @property
     def fixed(self) -> tuple[str, ...]:
-        """The paths of the reference, if there is one."""
-        return ("^reference/",) if self.objective in COMPARED else ()
+        """The paths of the reference, if one is held."""
+        return ("^reference/",) if self._holds else ()
+
+    @property
+    def precomputed(self) -> tuple[str, ...]:
+        """The features of the batch that hold the reference's log-likelihoods, if it is not held itself."""
+        return LIKELIHOODS if self.precompute_reference else ()
+
+    def precompute(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """Return the log-likelihoods float32 [B] of both answers by the reference's parameters; none of questions."""
+        if "targets" not in batch:
+            return {}
+        likelihood_BxS = self._likelihoods(params, self._rows(batch), {})
+        return {name: likelihood_BxS[:, side] for side, name in enumerate(LIKELIHOODS)}
 
     def init(self, rng: jax.Array, spec: Spec) -> Params:
         """Return new float32 parameters of the model; raise UserError where rows are packed or too long."""
@@ -83,8 +122,8 @@ class Preferences:
         return self._language_model.init(rng, spec)
 
     def start(self, params: Params) -> Params:
-        """Return the parameters with the reference, a copy of them."""
-        if self.objective not in COMPARED:
+        """Return the parameters with the reference, a copy of them, if one is held."""
+        if not self._holds:
             return params
         return {**params, "reference": jax.tree.map(lambda x: jnp.array(x, self.reference_dtype), dict(params))}
 
@@ -107,7 +146,7 @@ class Preferences:
         if "targets" not in batch:
             return self._language_model.predict(params, batch, rng)
         rows = self._rows(batch)
-        _, rewards_BxS = self._compare(params, rows, self._likelihoods(params, rows, {}), batch["mask"])
+        _, rewards_BxS = self._compare(params, batch, rows, self._likelihoods(params, rows, {}))
         return {"chosen_reward": rewards_BxS[:, 0], "rejected_reward": rewards_BxS[:, 1]}
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -130,7 +169,7 @@ class Preferences:
     def _score(self, params: Params, batch: Batch, rngs: dict[str, jax.Array]) -> dict[str, Mean]:
         rows, mask_B = self._rows(batch), batch["mask"]
         likelihood_BxS = self._likelihoods(params, rows, rngs)
-        losses_B, rewards_BxS = self._compare(params, rows, likelihood_BxS, mask_B)
+        losses_B, rewards_BxS = self._compare(params, batch, rows, likelihood_BxS)
         margin_B = rewards_BxS[:, 0] - rewards_BxS[:, 1]
         mean_BxS = likelihood_BxS / _counts(rows)
         values = {
@@ -156,22 +195,28 @@ class Preferences:
         return tokens.log_likelihoods(self.model, params, hidden, rows, self.logits_chunk).reshape(-1, 2)
 
     def _compare(
-        self, params: Params, rows: Batch, likelihood_BxS: jax.Array, mask_B: jax.Array
+        self, params: Params, batch: Batch, rows: Batch, likelihood_BxS: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the losses [B] and the rewards [B, S] of the answers' log-likelihoods."""
+        """Return the losses [B] and the rewards [B, S] of the log-likelihoods of the answers, `rows`, of a batch."""
         counts_BxS = _counts(rows)
         if self.objective == "orpo":
             return orpo(likelihood_BxS / counts_BxS, self.beta)
         if self.objective == "simpo":
             return simpo(likelihood_BxS / counts_BxS, self.beta, self.target_margin)
-        reference = jax.lax.stop_gradient(params["reference"])
-        ratio_BxS = likelihood_BxS - self._likelihoods(reference, rows, {})
+        ratio_BxS = likelihood_BxS - self._reference(params, batch, rows)
         if self.objective == "dpo":
             return dpo(ratio_BxS, self.beta)
         if self.objective == "ipo":
             return ipo(ratio_BxS, counts_BxS, self.beta)
-        divergence = self._divergence(params, rows, mask_B)
+        divergence = self._divergence(params, rows, batch["mask"])
         return kto(ratio_BxS, divergence, self.beta, (self.chosen_weight, self.rejected_weight))
+
+    def _reference(self, params: Params, batch: Batch, rows: Batch) -> jax.Array:
+        """Return the reference's log-likelihoods float32 [B, S] of the answers."""
+        if self._holds:
+            return self._likelihoods(jax.lax.stop_gradient(params["reference"]), rows, {})
+        tokens.check(batch, LIKELIHOODS)
+        return jnp.stack([batch[name] for name in LIKELIHOODS], axis=1)
 
     def _divergence(self, params: Params, rows: Batch, mask_B: jax.Array) -> jax.Array:
         """Return KTO's estimate of the divergence from the reference: of prompts with other prompts' answers."""
