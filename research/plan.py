@@ -19,10 +19,12 @@ from ml_collections import ConfigDict
 from research import flops, storage, train
 from research.build import locate
 from research.errors import UserError, nearest
-from research.experiment import Experiment
+from research.experiment import Experiment, task_section
+from research.optimizer import moving
 from research.reporting.record import write_json
 from research.reporting.writers import Progress, duration
 from research.runtime import absent_gpus
+from research.task import Adapts
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann 2022, section 3)
 STEPS = 10_000  # assumed where a config counts epochs of data that are not here
@@ -141,7 +143,7 @@ def needs(config: ConfigDict, target: Target) -> dict[str, Any]:
         "mesh": dict(experiment.mesh.shape),
         "batch_size": config.batch_size,
         "assumed": assumed,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "parameters": _count(experiment),
         "parameter_bytes": _bytes(params),
         "optimizer_bytes": _bytes(state.opt_state),
         "memory_bytes": target.memory,
@@ -150,7 +152,10 @@ def needs(config: ConfigDict, target: Target) -> dict[str, Any]:
     }
     compiled = None if isinstance(target.devices, int) else _compiled(experiment, target)
     if compiled is None:
-        least = 2 * result["parameter_bytes"] + result["optimizer_bytes"]  # with gradients, and without activations
+        freeze = (config.get("optimizer") or {}).get("freeze") or ()
+        trained = jax.tree.map(lambda x, moves: x if moves else None, params, moving(freeze, params))
+        # With gradients, and without activations.
+        least = result["parameter_bytes"] + result["optimizer_bytes"] + _bytes(trained)
         compiled = {"compiled": False, "fits": False if least > (target.memory or least) else None}
     return result | compiled
 
@@ -184,6 +189,15 @@ def _compiled(experiment: Experiment, target: Target) -> dict[str, Any] | None:
         "peak_bytes": peak,
         "fits": None if target.memory is None else peak <= target.memory,
     }
+
+
+def _count(experiment: Experiment) -> int:
+    """Return the number of parameters; those of a base in fewer bits count as what they stand for."""
+    task, params = experiment.trained_task, experiment.abstract_state.params
+    if isinstance(task, Adapts):
+        beside = [part for name, part in params.items() if name not in ("base", "whole")]
+        params = [task.join(params), beside]
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def _bytes(tree: Any) -> int:
@@ -245,9 +259,10 @@ def _feature(name: str, config: ConfigDict, section: Mapping[str, Any]) -> tuple
         return [], "float32" if name == "mask" else "int32"
     ops = config.data.get("ops")
     boxes = _setting(ops, "max_boxes")
-    side = _setting(ops, "size") or _setting(config.task.model, "image_size")
+    model = task_section(config).model
+    side = _setting(ops, "size") or _setting(model, "image_size")
     images = {
-        "image": ([side, side, _setting(config.task.model, "num_channels") or 3], "float32"),
+        "image": ([side, side, _setting(model, "num_channels") or 3], "float32"),
         "pixel_mask": ([side, side], "float32"),
         "boxes": ([boxes, 4], "float32"),
         "classes": ([boxes], "int32"),
@@ -301,7 +316,7 @@ def _cheaper(config: ConfigDict, target: Target) -> Iterator[tuple[dict[str, Any
         config.mesh = {"data": 1, "fsdp": -1, "model": mesh["model"]}
         changes["config.mesh"] = "dict(data=1, fsdp=-1)"
         yield dict(changes), config
-    nodes = list(_nodes_with(config.task.model, "remat"))
+    nodes = list(_nodes_with(task_section(config).model, "remat"))
     for policy in ("attention", "dots", "full"):
         if nodes and any(node.get("remat", "none") != policy for node in nodes) and _order(nodes) < _ORDER[policy]:
             for node in nodes:
@@ -315,6 +330,10 @@ def _cheaper(config: ConfigDict, target: Target) -> Iterator[tuple[dict[str, Any
             config.optimizer.microbatches = microbatches * factor
             changes["config.optimizer.microbatches"] = microbatches * factor
             yield dict(changes), config
+    for format in ("bfloat16", "nf4") if "task" in config.task else ():  # a frozen base may be rounded
+        config.task.base_format = format
+        changes["config.task.base_format"] = format
+        yield dict(changes), config
 
 
 _ORDER = {"none": 0, "attention": 1, "dots": 2, "offload": 2, "full": 3}

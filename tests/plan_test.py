@@ -51,6 +51,17 @@ def test_what_does_not_fit_is_told_with_what_would(planned):
     assert re.search(r"would fit with\s+│ nothing that was tried", shown)  # without a compiler nothing is known to
 
 
+def test_a_packed_base_counts_whole_and_takes_its_bits(planned):
+    flags = ("--topology=h100x8", "--config.plan.vocab_size=300")
+    whole, _ = planned("finetune_chat.py:tiny", *flags)
+    packed, _ = planned("finetune_chat.py:qlora-tiny", *flags)
+    own = packed["optimizer_bytes"] // 8  # two moments of what trains, and two counts
+    assert packed["parameters"] == whole["parameters"] + own
+    kernels = 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    scales = 2 * (4 * 32 + 64 + 32)
+    assert packed["parameter_bytes"] == whole["parameter_bytes"] + 4 * own + 4 * scales - 3 * kernels
+
+
 def test_the_step_is_compiled_for_the_devices_that_are_here(planned):
     result, _ = planned("gpt3.py:tiny", "--topology=cpu", "--config.plan.vocab_size=300")
     assert result["compiled"]

@@ -126,8 +126,20 @@ def _unpack(codes: jax.Array, scales: jax.Array, format: str) -> jax.Array:
     *stack, half, outputs = codes.shape
     blocks = codes.reshape(*stack, -1, BLOCK // 2, outputs)
     numbers = jnp.concatenate([blocks & 15, blocks >> 4], axis=-2)
-    levels = jnp.asarray(LEVELS[format], jnp.float32)
-    return (levels[numbers] * scales[..., None, :]).reshape(*stack, 2 * half, outputs)
+    return (_level(numbers, format) * scales[..., None, :]).reshape(*stack, 2 * half, outputs)
+
+
+def _level(numbers: jax.Array, format: str) -> jax.Array:
+    """Return the levels float32 [...] of numbers of 4 bits [...].
+
+    They are chosen bit by bit, which a compiler can do within a product's operand; a look-up in a table is a gather.
+    """
+    levels = [np.float32(level) for level in LEVELS[format]]
+    choices: list[Any] = levels + levels[-1:] * (16 - len(levels))
+    for bit in (1, 2, 4, 8):
+        is_set = (numbers & bit) != 0
+        choices = [jnp.where(is_set, high, low) for low, high in zip(choices[::2], choices[1::2])]
+    return choices[0]
 
 
 def _is_kernel(name: str, leaf: Any) -> bool:
