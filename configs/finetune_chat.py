@@ -24,9 +24,9 @@ Hardware: an accelerator. 6 operations a parameter and token: 6.6e12 a step for 
 0.1 s of an A100 at 35 % of its peak of 312e12 a second, and a minute of 2 CPU cores that do 1e11.
 `:lora` trains low-rank adapters of rank 16 beside the frozen kernels of attention and MLP, at 2e-4 and with a dropout
 of 0.1 (as Dettmers 2023 has them for up to 13 billion parameters). `:qlora` does with these kernels in NF4, 4.5 bits a
-parameter: 7 billion of them take 4 GB instead of 28. `:smollm2` is the same model, quantised to 4 bits, from the package
-registry where the hub cannot be reached, on 4 rows of 256 tokens: about 10 s a step on 2 CPU cores; `:smollm2-qlora`
-tunes adapters beside it. `:tiny` needs neither network nor files and takes seconds.
+parameter: 7 billion of them take 4 GB instead of 28. `:smollm2` is the same model, quantised to 4 bits, from the
+package registry where the hub cannot be reached, on 4 rows of 256 tokens: about 10 s a step on 2 CPU cores;
+`:smollm2-qlora` tunes adapters beside it. `:tiny` needs neither network nor files and takes seconds.
 """
 
 from ml_collections import ConfigDict, FieldReference

@@ -33,6 +33,7 @@ KEYS = (
     *("seed", "batch_size", "num_steps", "num_epochs", "tokenizer", "task", "init", "data", "evals"),
     *("optimizer", "mesh", "checkpoint", "log", "derived", "decoding", "plan"),
 )
+PLAN_KEYS = ("topology", "vocab_size", "length", "decoder_length", "examples", "published")  # see plan.py
 # What a section without `call` configures.
 SECTIONS = {
     "optimizer": "research.optimizer.make_optimizer",
@@ -412,6 +413,9 @@ def _check(config: ConfigDict) -> None:
     for key in config:
         if key not in KEYS:
             raise UserError(f"config.{key}: there is no such key{nearest(key, KEYS)}")
+    for key in config.get("plan") or ():
+        if key not in PLAN_KEYS:
+            raise UserError(f"config.plan.{key}: there is no such key{nearest(key, PLAN_KEYS)}")
     for key in ("batch_size", "task", "data"):
         if config.get(key) is None:
             raise UserError(f"config.{key}: it is missing")

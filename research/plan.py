@@ -194,10 +194,10 @@ def _compiled(experiment: Experiment, target: Target) -> dict[str, Any] | None:
 def _count(experiment: Experiment) -> int:
     """Return the number of parameters; those of a base in fewer bits count as what they stand for."""
     task, params = experiment.trained_task, experiment.abstract_state.params
+    counted: Any = params
     if isinstance(task, Adapts):
-        beside = [part for name, part in params.items() if name not in ("base", "whole")]
-        params = [task.join(params), beside]
-    return sum(x.size for x in jax.tree.leaves(params))
+        counted = [task.join(params), *(part for name, part in params.items() if name not in ("base", "whole"))]
+    return sum(x.size for x in jax.tree.leaves(counted))
 
 
 def _bytes(tree: Any) -> int:

@@ -128,7 +128,7 @@ def _begun(node: ConfigDict | dict, part: str, name: str) -> bool:
     """Begin a section that the config left out, all of whose keys have their defaults, if it is one."""
     from research.experiment import SECTIONS
 
-    if not isinstance(node, ConfigDict) or name != "config" or part not in SECTIONS:
+    if not isinstance(node, ConfigDict) or name != "config" or part not in (*SECTIONS, "plan"):
         return False
     with node.unlocked():
         node[part] = ConfigDict()
@@ -166,10 +166,10 @@ def _value(field: Any) -> Any:
 def _parameters(node: Mapping[str, Any] | ConfigDict, name: str) -> dict[str, Any]:
     """Return the parameters of what a section configures, and their defaults."""
     from research.build import locate  # here, as it takes seconds that a mistyped command line should not
-    from research.experiment import KEYS, SECTIONS
+    from research.experiment import KEYS, PLAN_KEYS, SECTIONS
 
-    if name == "config":
-        return dict.fromkeys(KEYS)
+    if name in ("config", "config.plan"):
+        return dict.fromkeys(KEYS if name == "config" else PLAN_KEYS)
     call = node.get("call") or SECTIONS.get(name.removeprefix("config."))
     if not call:
         return {}
