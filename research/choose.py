@@ -176,7 +176,7 @@ def _classifier(model: ConfigDict, text: bool) -> dict[str, Any]:
 
 def _objective(experiment: Experiment) -> str:
     """Return the objective of the task, or raise UserError where features cannot be ranked for it."""
-    task = experiment.task
+    task = experiment.plain_task
     if not isinstance(task, Classification):
         raise UserError(f"config.task: a {type(task).__name__} cannot be ranked; classification and regression can")
     if task.objective != "softmax" and experiment.spec["label"].shape[1:] not in ((), (1,)):
@@ -190,7 +190,7 @@ def _features(experiment: Experiment, examples: int) -> tuple[np.ndarray, np.nda
     chosen = np.random.default_rng(seed).permutation(len(source))[:examples].tolist()
     if len(chosen) < LEAST:
         raise UserError(f"config.data: {len(chosen)} examples are too few; a ranking takes {LEAST} or more")
-    params = experiment.merged(train.start(experiment).params)
+    params = experiment.merged(train.start(experiment).params, plain=True)
     path = _cached(experiment, params, chosen)
     if path is not None and path.exists():
         with np.load(path) as stored:

@@ -74,10 +74,12 @@ def scores(
     return {name: float(value) for name, value in found.items() if name not in pictures}, pictures
 
 
-def restore_params(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
-    """Return the step and the parameters of `experiment.task` of a checkpoint in `workdir`; see `restore_trained`."""
+def restore_params(
+    experiment: Experiment, workdir: pathlib.Path, checkpoint: str, plain: bool = False
+) -> tuple[int, Params]:
+    """Return the step and the parameters of a checkpoint in `workdir`; see `restore_trained`, `Experiment.merged`."""
     step, params = restore_trained(experiment, workdir, checkpoint)
-    return step, experiment.merged(params)
+    return step, experiment.merged(params, plain)
 
 
 def restore_trained(experiment: Experiment, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:

@@ -221,6 +221,11 @@ class Experiment:
     @functools.cached_property
     def task(self) -> Task:
         """The model and its objective: what evaluates and predicts."""
+        return self.trained_task.evaluated if isinstance(self.trained_task, Adapts) else self.trained_task
+
+    @property
+    def plain_task(self) -> Task:
+        """What `task` is without adapters beside its model: for the parameters that `merged` returns as `plain`."""
         return self.trained_task.task if isinstance(self.trained_task, Adapts) else self.trained_task
 
     @functools.cached_property
@@ -321,9 +326,11 @@ class Experiment:
         shapes = self.abstract_state.params
         return own(shapes, self.task.fixed) if isinstance(self.task, KeepsStart) else shapes
 
-    def merged(self, params: Params) -> Params:
-        """Return the parameters of `task` for those of `trained_task`."""
-        return jax.jit(self.trained_task.merge)(params) if isinstance(self.trained_task, Adapts) else params
+    def merged(self, params: Params, plain: bool = False) -> Params:
+        """Return the parameters of `task`, or the `plain` ones of its model alone, for those of `trained_task`."""
+        if not isinstance(self.trained_task, Adapts):
+            return params
+        return jax.jit(self.trained_task.plain if plain else self.trained_task.merge)(params)
 
     def checkpoints(self, workdir: pathlib.Path, read_only: bool = False) -> Checkpoints:
         """Open the checkpoints of the run in `workdir`."""

@@ -64,8 +64,8 @@ def run(
         raise UserError(f"--input: it holds {len(rows)} examples; a page explains from 1 to {MOST}")
     bare = [{name: value for name, value in row.items() if name != "label"} for _, row in rows]
     experiment = Experiment(config, source=examples(bare), workdir=workdir)
-    check_no_prompt(experiment.task, "--mode=explain")
-    step, params = restore_params(experiment, workdir, checkpoint)
+    check_no_prompt(experiment.plain_task, "--mode=explain")
+    step, params = restore_params(experiment, workdir, checkpoint, plain=True)
     check_input(rows, bare, experiment)
     sections: list[Section] = []
     arrays: dict[str, np.ndarray] = {}
@@ -101,7 +101,7 @@ def _sections(
 ) -> Iterator[tuple[Section, dict[str, np.ndarray]]]:
     """Yield every row's part of the page, and its numbers."""
     explainer = _explainer(experiment, params)
-    predict, complete = jax.jit(experiment.task.predict), precompute.completing(experiment)
+    predict, complete = jax.jit(experiment.plain_task.predict), precompute.completing(experiment)
     key = jax.random.key(experiment.config.get("seed", 0))
     _check_task(experiment, target)
     for (place, row), example in zip(rows, bare):
@@ -157,7 +157,7 @@ def _described(experiment: Experiment, example: Example, outputs: Sequence[dict[
 
 def _check_task(experiment: Experiment, target: str) -> None:
     """Raise UserError unless the task says what to explain, or its model is called with features of a batch alone."""
-    task, kind = experiment.task, type(experiment.task).__name__
+    task, kind = experiment.plain_task, type(experiment.plain_task).__name__
     if isinstance(task, Explains):
         return
     if target:
@@ -170,7 +170,7 @@ def _questions(
     experiment: Experiment, params: Params, batch: dict[str, Any], output: dict[str, np.ndarray], target: str
 ) -> Sequence[Question]:
     """Return what the task asks, or else for the largest number of the model's outputs."""
-    task = experiment.task
+    task = experiment.plain_task
     if isinstance(task, Explains):
         return task.questions(params, batch, output, target)
     inputs, kind = encoders.inputs(task.model), type(task).__name__

@@ -49,9 +49,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, output: str = "", checkpoint:
       the folder.
     """
     experiment = Experiment(config, workdir=workdir)
-    check_no_prompt(experiment.task, "--mode=export")
+    check_no_prompt(experiment.plain_task, "--mode=export")
     step, trained = restore_trained(experiment, workdir, checkpoint)
-    params = experiment.merged(trained)
+    params = experiment.merged(trained, plain=True)
     folder = storage.path(output) if output else workdir / "export"
     tokenizer = experiment.tokenizer
     model, params = at_trained_size(experiment, jax.device_get(own(params, experiment.fixed)))

@@ -92,7 +92,7 @@ def run(
 
 def _images(config: ConfigDict, workdir: pathlib.Path, prompt: str, output: str, checkpoint: str) -> None:
     experiment = draw.experiment(config, workdir)
-    task = experiment.task
+    task = experiment.plain_task
     assert isinstance(task, Diffusion)
     labels, path = draw.classes(task, prompt), draw.target(task, output, workdir)
     _, params = trained_or_published(experiment, workdir, checkpoint)
@@ -112,7 +112,7 @@ def experiment_of(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
     if experiment.tokenizer is None:
         raise UserError("config.tokenizer: it is missing, and a language model needs one")
     decoding.check_model(experiment.task.model)
-    check_no_prompt(experiment.task, "--mode=generate")
+    check_no_prompt(experiment.plain_task, "--mode=generate")
     return experiment
 
 
@@ -125,7 +125,7 @@ def trained_or_published(experiment: Experiment, workdir: pathlib.Path, checkpoi
       UserError: there is neither, or no such checkpoint.
     """
     if checkpoint or (workdir / "checkpoints").is_dir():
-        return restore_params(experiment, workdir, checkpoint)
+        return restore_params(experiment, workdir, checkpoint, plain=True)
     if not experiment.config.get("init"):
         raise UserError(f"--workdir: {workdir} holds no checkpoints, and config.init names no weights")
     print(f"{workdir} holds no checkpoints: taking the weights that config.init names", file=sys.stderr)

@@ -145,7 +145,7 @@ def _digest(params: Params) -> list[str]:
 def _path(experiment: Experiment, task: Precomputes, weights: list[str], data: Dataset) -> pathlib.Path | None:
     """Return where the numbers of a dataset's rows are kept; None where what it holds has no key."""
     model = experiment.task.model
-    code = [VERSION, str(model), type(model), type(task), list(task.precomputed)]
+    code = [VERSION, str(model), type(model), type(experiment.plain_task), list(task.precomputed)]
     try:
         key = keys.key_of(code, weights, data.source, list(data.ops), list(data.features))
     except (keys.UnknownError, RecursionError):

@@ -141,10 +141,15 @@ class Adapts(Protocol):
     """A task that trains small parameters beside the frozen ones of another task, found under "base".
 
     Attributes:
-      task: the other task, which evaluates, predicts and is exported, with the merged parameters.
+      task: the other task, which is exported.
     """
 
     task: Task
+
+    @property
+    def evaluated(self) -> Task:
+        """The task that evaluates and predicts, with the merged parameters."""
+        ...
 
     def divide(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return a tree like the other task's parameters as parts of one like this task's."""
@@ -155,7 +160,11 @@ class Adapts(Protocol):
         ...
 
     def merge(self, params: Params) -> Params:
-        """Return the other task's parameters, as what trained changes them."""
+        """Return the parameters of `evaluated`."""
+        ...
+
+    def plain(self, params: Params) -> Params:
+        """Return the other task's parameters, as what trained changes them, for its model alone."""
         ...
 
 

@@ -46,7 +46,7 @@ def load_params(
         raise UserError(f"config.init.path: there is no run in '{path}'; train it first, or name another one")
     config = load_config(folder)
     config.mesh = None  # that of the run may need other devices than there are
-    _, params = restore_params(Experiment(config, workdir=folder), folder, checkpoint)
+    _, params = restore_params(Experiment(config, workdir=folder), folder, checkpoint, plain=True)
     held = {_renamed(name, renames): leaf for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
     wanted = flax.traverse_util.flatten_dict(params_shape, sep="/")
     fresh = {name for name in wanted if any(re.search(pattern, name) for pattern in new)}

@@ -78,7 +78,7 @@ class CausalModel(TemplateLM):
     def __init__(self, experiment: Experiment, params: Params):
         """Raise UserError unless the experiment has a decoder, and a tokenizer that ends texts."""
         super().__init__()
-        self._task, self._tokenizer, self._mesh = experiment.task, experiment.tokenizer, experiment.mesh
+        self._task, self._tokenizer, self._mesh = experiment.plain_task, experiment.tokenizer, experiment.mesh
         self._model = experiment.task.model
         if hasattr(self._model, "encode") or not hasattr(self._model, "max_positions"):
             raise UserError(f"--harness: {type(self._model).__name__} is no causal language model, which it is for")

@@ -2,13 +2,14 @@
 
 Their parameters are {"base": what is frozen, "whole": what trains as it is, and a part of their own}. In training the
 latter stand beside the model's, and an interceptor of the model's layers applies them, so that no model knows of them;
-to evaluate, predict and export they are merged into the model's parameters.
+to evaluate, predict and export they are merged into the model's parameters, unless the base is kept in fewer bits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -31,7 +32,7 @@ class Adapter:
       whole: regular expressions of parameters that train as they are, such as those of a new head.
       base_format: what the kernels of the base's layers are kept in: "float32", "bfloat16", "int8" (a scale for each
         output; Dettmers 2022), or, in blocks of 64 inputs, "nf4" (Dettmers 2023), "fp4" or "int4". They are rounded as
-        they are read; what is evaluated and exported is the rounded base with what trained, in float32.
+        they are read, and what is evaluated and exported is the rounded base with what trained.
       part: where the kind's own parameters are.
     """
 
@@ -83,25 +84,42 @@ class Adapter:
         """Return the parts "base" and "whole" as a tree like the wrapped task's parameters."""
         return tree({**packed.unpack(flat(params["base"]), self.base_format), **flat(params.get("whole", {}))})
 
+    @property
+    def evaluated(self) -> Task:
+        """The task that evaluates and predicts with what `merge` returns."""
+        return self.task if self.base_format == "float32" else Beside(self)
+
     def merge(self, params: Params) -> Params:
-        """Return the wrapped task's parameters with the kind's own applied."""
+        """Return the wrapped task's parameters with the kind's own applied; with a base in fewer bits, beside them."""
+        return self.plain(params) if self.base_format == "float32" else self.beside(params)
+
+    def plain(self, params: Params) -> Params:
+        """Return the wrapped task's parameters in float32 with the kind's own applied."""
         return tree(self.add(flat(self.join(params)), flat(params[self.part])))
+
+    def beside(self, params: Params) -> Params:
+        """Return the wrapped task's parameters, as they are kept, and the kind's own, for layers that apply them."""
+        return tree(flat(params["base"]) | flat(params.get("whole", {})) | flat(params[self.part]))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model's layers apply what `beside` returns."""
+        unpacked = functools.partial(packed.intercept, self.base_format)
+        with nn.intercept_methods(unpacked), nn.intercept_methods(self.intercept):
+            yield
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
         """Return the wrapped task's loss and metrics, with the kind's own parameters applied in its layers."""
-        base = jax.lax.stop_gradient(params["base"])
-        beside = tree(flat(base) | flat(params.get("whole", {})) | flat(params[self.part]))
-        unpacked = functools.partial(packed.intercept, self.base_format)
-        with nn.intercept_methods(unpacked), nn.intercept_methods(self.intercept):
-            return self.task.loss(beside, batch, rng)
+        params = {**params, "base": jax.lax.stop_gradient(params["base"])}
+        return Beside(self).loss(self.beside(params), batch, rng)
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
         """Return the wrapped task's metrics of the merged parameters."""
-        return self.task.metrics(self.merge(params), batch)
+        return self.evaluated.metrics(self.merge(params), batch)
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         """Return the wrapped task's outputs of the merged parameters."""
-        return self.task.predict(self.merge(params), batch, rng)
+        return self.evaluated.predict(self.merge(params), batch, rng)
 
     def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
         """Return one example's outputs as the wrapped task describes them."""
@@ -127,6 +145,51 @@ class Adapter:
         for pattern in patterns:
             if not found([pattern], params):
                 raise UserError(f"config.task.{key}: '{pattern}' finds no parameter{nearest(pattern, params)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """The task of an adapter, for parameters with the adapter's beside them; all else is the task's.
+
+    Attributes:
+      adapter: the adapter, whose base is never unpacked whole so.
+    """
+
+    adapter: Adapter
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "adapter":  # asked for while it is copied, when there is none yet
+            raise AttributeError(name)
+        return getattr(self.adapter.task, name)
+
+    def init(self, rng: jax.Array, spec: Spec) -> Params:
+        """Return the task's new parameters, without the adapter's."""
+        return self.adapter.task.init(rng, spec)
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[Mean, dict[str, Mean]]:
+        """Return the task's loss and metrics."""
+        with self.adapter.applied():
+            return self.adapter.task.loss(params, batch, rng)
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Mean]:
+        """Return the task's metrics."""
+        with self.adapter.applied():
+            return self.adapter.task.metrics(params, batch)
+
+    def predict(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Return the task's outputs."""
+        with self.adapter.applied():
+            return self.adapter.task.predict(params, batch, rng)
+
+    def describe(self, output: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Return one example's outputs as the task describes them."""
+        return self.adapter.task.describe(output)
+
+    def precompute(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """Return what the task computes ahead; it is asked where there is such a thing."""
+        task: Any = self.adapter.task
+        with self.adapter.applied():
+            return task.precompute(params, batch)
 
 
 def found(patterns: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -39,6 +39,10 @@ KINDS = {
 }
 
 
+def stacked(params):
+    return [name for name in params if "layers/" in name and name.endswith("kernel")]
+
+
 def kernels(*shape):
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     values[0, :, 1] = 0.0  # an output, and so all its blocks
@@ -134,8 +138,13 @@ def test_training_is_that_of_the_rounded_base_which_stays(kind, format):
         )
     for a, b in zip(jax.tree.leaves(after.params[small.part]), jax.tree.leaves(wanted.params[small.part])):
         np.testing.assert_allclose(a, b, atol=3e-3)  # of steps of 1e-2
-    merged = BASE.loss(small.merge(after.params), BATCH, RNG)[0].total
+    merged = BASE.loss(small.plain(after.params), BATCH, RNG)[0].total
     np.testing.assert_allclose(merged, small.loss(after.params, BATCH, RNG)[0].total, rtol=1e-4)
+    evaluated = small.evaluated.metrics(small.merge(after.params), BATCH)["loss"].total
+    np.testing.assert_allclose(evaluated, merged, rtol=1e-4)
+    kept = {name: x for name, x in flat(small.merge(after.params)).items() if "layers/" in name and "kernel" in name}
+    assert {x.dtype.name for x in kept.values()} <= {"bfloat16", "int8", "uint8", "float32"}
+    assert sum(x.nbytes for x in kept.values()) < 0.6 * sum(4 * x.size for n, x in base.items() if n in stacked(base))
 
 
 def test_the_base_takes_an_eighth_and_no_copy_of_it_is_kept():
