@@ -11,6 +11,7 @@ beside this script.
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import pathlib
@@ -159,16 +160,13 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/faults"), help="the runs' folder")
     parser.add_argument("--write", action="store_true", help="the table into README.md beside this script")
     arguments = parser.parse_args()
-    seen = [
-        attempt(arguments.output.resolve(), count, fault, moment, number)
-        for number in range(arguments.times)
-        for count in arguments.processes
-        for fault in arguments.faults
-        for moment in arguments.moments
-    ]
+    seen: list[dict] = []
+    cases = itertools.product(range(arguments.times), arguments.processes, arguments.faults, arguments.moments)
+    for number, count, fault, moment in cases:
+        seen.append(attempt(arguments.output.resolve(), count, fault, moment, number))
+        if arguments.write:  # whatever ends this, what was seen stays
+            (HERE / "README.md").write_text(HEAD + table(seen))
     print(table(seen))
-    if arguments.write:
-        (HERE / "README.md").write_text(HEAD + table(seen))
 
 
 if __name__ == "__main__":
