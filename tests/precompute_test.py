@@ -112,6 +112,7 @@ def test_training_is_that_with_a_reference_that_is_held(objective, published):
     assert_close(found, held)
 
 
+@pytest.mark.slow
 def test_two_devices_compute_what_one_does(tmp_path, cache):
     expected = train_steps(configured())
     shutil.rmtree(cache)
@@ -206,6 +207,7 @@ def test_prepared_ahead_resumed_and_evaluated_it_is_the_same_run(published, tmp_
         assert abs(rewards[0][name]) > 1e-3
 
 
+@pytest.mark.slow
 def test_other_weights_and_other_data_are_computed_anew(published, tmp_path, computed):
     def values(config):
         return precompute.ready(Experiment(config))[0].values[NAMES[0]]

@@ -19,6 +19,7 @@ import numpy as np
 
 from research.errors import UserError, nearest
 from research.metrics import Mean
+from research.models import layers
 from research.task import Batch, Params, Spec, Task
 from research.tasks import packed
 
@@ -190,6 +191,11 @@ class Beside:
         task: Any = self.adapter.task
         with self.adapter.applied():
             return task.precompute(params, batch)
+
+
+def activated(outputs: jax.Array, activate: Sequence[Any]) -> jax.Array:
+    """Return the outputs of a linear layer after its activation, if it has one."""
+    return layers.in_float32(activate[0])(outputs) if activate else outputs
 
 
 def found(patterns: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.models import layers
-from research.tasks.adapters import Adapter
+from research.tasks.adapters import Adapter, activated
 
 OUTPUTS, INPUTS = "ia3_outputs", "ia3_inputs"
 
@@ -76,7 +76,7 @@ class IA3(Adapter):
         if not module.has_variable("params", OUTPUTS):
             return call(*args, **kwargs)
         outputs = _times(call(x), module.get_variable("params", OUTPUTS))
-        return layers.in_float32(activate[0])(outputs) if activate else outputs
+        return activated(outputs, activate)
 
 
 def _times(x: jax.Array, vector: Any) -> jax.Array:

@@ -13,7 +13,7 @@ from research.errors import UserError
 from research.models import layers
 from research.task import Params
 from research.tasks import packed
-from research.tasks.adapters import Adapter, flat, tree
+from research.tasks.adapters import Adapter, activated, flat, tree
 
 DOWN, UP, MAGNITUDE = "lora_a", "lora_b", "lora_magnitude"
 
@@ -102,8 +102,7 @@ class LoRA(Adapter):
         x, *activate = args
         outputs = call(x)
         if self.dropout and module.has_rng("dropout"):
-            kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), 0)
+            x = layers.drop(x, module.make_rng("dropout"), self.dropout, layers.flat_positions(x.shape))
         down: jax.Array = module.get_variable("params", DOWN)
         up: jax.Array = module.get_variable("params", UP)
         x_NxD = x.reshape(-1, x.shape[-1]).astype(outputs.dtype)  # 2-D products run faster on CPUs
@@ -112,7 +111,7 @@ class LoRA(Adapter):
             outputs = self._rescale(module, outputs, self.scale * product.astype(jnp.float32), down, up)
         else:
             outputs += (self.scale * product).astype(outputs.dtype)
-        return layers.in_float32(activate[0])(outputs) if activate else outputs
+        return activated(outputs, activate)
 
     def _rescale(
         self, module: nn.Module, outputs: jax.Array, product: jax.Array, down: jax.Array, up: jax.Array
