@@ -115,6 +115,14 @@ def tiny(config: ConfigDict) -> ConfigDict:
     return tiny_run(config)
 
 
+def tiny_qlora(config: ConfigDict) -> ConfigDict:
+    rate = tiny(config).optimizer.learning_rate
+    config = lora(config, "nf4")
+    config.task.whole = ["embedding$"]  # what is frozen was never trained
+    config.optimizer.learning_rate = rate
+    return config
+
+
 VARIANTS = {
     "": lambda config: config,
     "lora": lora,
@@ -122,5 +130,5 @@ VARIANTS = {
     "smollm2": smollm2,
     "smollm2-qlora": lambda config: lora(smollm2(config), "nf4"),
     "tiny": tiny,
-    "qlora-tiny": lambda config: lora(tiny(config), "int8"),  # its width is less than a block of NF4
+    "qlora-tiny": tiny_qlora,
 }

@@ -114,7 +114,7 @@ VARIANTS = {
     "lora": lora,
     "lora-tiny": lambda config: lora(tiny(config)),
     "qlora": lambda config: lora(config, base_format="nf4"),
-    "qlora-tiny": lambda config: lora(tiny(config), base_format="int8"),  # its width is less than a block of NF4
+    "qlora-tiny": lambda config: lora(tiny(config), base_format="nf4"),
     "dora": dora,
     "dora-tiny": lambda config: dora(tiny(config)),
     "ia3": ia3,

@@ -252,7 +252,7 @@ def test_of_a_task_without_questions_the_largest_output_is_explained():
 
     model, image = Sums(), np.ones((1, 2, 2, 1), np.float32)
     params = model.init(jax.random.key(0), image)["params"]
-    experiment = types.SimpleNamespace(task=types.SimpleNamespace(model=model))
+    experiment = types.SimpleNamespace(plain_task=types.SimpleNamespace(model=model))
     (question,) = explain_mode._questions(experiment, params, {"image": image}, {}, "")
     largest = float(model.apply({"params": params}, image).max())
     assert Explainer(model, params).explain(question).output == pytest.approx(largest, abs=1e-6)

@@ -46,6 +46,7 @@ def params():
 def folder(tmp_path, monkeypatch):
     task = types.SimpleNamespace(model=MODEL)
     experiment = types.SimpleNamespace(
+        plain_task=task,
         task=task,
         fixed=(),
         trained_task=task,

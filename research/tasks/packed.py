@@ -38,7 +38,7 @@ def pack(params: Mapping[str, Any], format: str) -> dict[str, Any]:
             packed[name] = leaf
         elif format == "bfloat16":
             packed[name] = _each_layer(lambda kernel: {KERNEL: kernel.astype(jnp.bfloat16)}, leaf)[KERNEL]
-        elif format in LEVELS and leaf.shape[-2] % BLOCK:
+        elif format in LEVELS and (leaf.shape[-2] % _block(leaf.shape[-2]) or leaf.shape[-2] % 2):
             raise UserError(
                 f"config.task.base_format: '{format}' has blocks of {BLOCK} inputs, and {name} has {leaf.shape[-2]}; "
                 "take int8"
@@ -102,6 +102,11 @@ def _backward(format: str, kept: tuple[jax.Array, jax.Array], cotangent: jax.Arr
 _product.defvjp(_forward, _backward)
 
 
+def _block(inputs: int) -> int:
+    """Return how many inputs share a scale: all of a kernel that has fewer."""
+    return min(BLOCK, inputs)
+
+
 def _pack(kernel: Any, format: str) -> dict[str, Any]:
     """Return the codes and scales of a kernel [..., in, out], in NumPy's arrays of NumPy's."""
     xp: Any = np if isinstance(kernel, np.ndarray) else jnp
@@ -110,7 +115,7 @@ def _pack(kernel: Any, format: str) -> dict[str, Any]:
         codes = xp.round(kernel / xp.where(scales == 0, np.float32(1), scales)).astype(np.int8)
         return {CODES: codes, SCALES: scales}
     *stack, inputs, outputs = kernel.shape
-    blocks = kernel.reshape(*stack, inputs // BLOCK, BLOCK, outputs)
+    blocks = kernel.reshape(*stack, -1, _block(inputs), outputs)
     scales = xp.abs(blocks).max(axis=-2, keepdims=True)
     shares = blocks / xp.where(scales == 0, np.float32(1), scales)
     levels = LEVELS[format].astype(np.float32)
@@ -124,7 +129,7 @@ def _unpack(codes: jax.Array, scales: jax.Array, format: str) -> jax.Array:
     if format == "int8":
         return codes.astype(jnp.float32) * scales
     *stack, half, outputs = codes.shape
-    blocks = codes.reshape(*stack, -1, BLOCK // 2, outputs)
+    blocks = codes.reshape(*stack, scales.shape[-2], -1, outputs)
     numbers = jnp.concatenate([blocks & 15, blocks >> 4], axis=-2)
     return (_level(numbers, format) * scales[..., None, :]).reshape(*stack, 2 * half, outputs)
 
