@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
         task=task,
         fixed=(),
         trained_task=task,
-        merged=lambda params: params,
+        merged=lambda params, plain: params,
         tokenizer=Text(tokenizer.byte_level()),
         label_names=(),
         decoding=Decoding(),
