@@ -91,7 +91,7 @@ def params():
 @pytest.fixture(scope="module")
 def model(params):
     experiment = types.SimpleNamespace(
-        task=CausalLM(MODEL),
+        plain_task=CausalLM(MODEL),
         tokenizer=tokenizer.byte_level(),
         mesh=sharding.make_mesh(),
         config=ConfigDict({"batch_size": 3, "seed": 0}),
@@ -163,7 +163,7 @@ def test_choices_of_one_token_are_read_once_and_few_shapes_are_compiled(model):
 def test_chunks_of_the_vocabulary_change_nothing(model, params):
     chunked = harness_model.CausalModel(
         types.SimpleNamespace(
-            task=CausalLM(MODEL, logits_chunk=3),
+            plain_task=CausalLM(MODEL, logits_chunk=3),
             tokenizer=model._tokenizer,
             mesh=model._mesh,
             config=ConfigDict({"batch_size": 2}),
@@ -231,7 +231,9 @@ def test_beams_and_samples_are_generated_as_elsewhere(model, params, settings):
 
 def test_encoder_decoders_are_not_asked(model, params):
     task = types.SimpleNamespace(model=EncoderDecoder())
-    experiment = types.SimpleNamespace(task=task, tokenizer=model._tokenizer, mesh=model._mesh, config=ConfigDict())
+    experiment = types.SimpleNamespace(
+        plain_task=task, tokenizer=model._tokenizer, mesh=model._mesh, config=ConfigDict()
+    )
     with pytest.raises(UserError, match="EncoderDecoder is no causal language model"):
         harness_model.CausalModel(experiment, params)
 

@@ -79,7 +79,7 @@ class CausalModel(TemplateLM):
         """Raise UserError unless the experiment has a decoder, and a tokenizer that ends texts."""
         super().__init__()
         self._task, self._tokenizer, self._mesh = experiment.plain_task, experiment.tokenizer, experiment.mesh
-        self._model = experiment.task.model
+        self._model = self._task.model
         if hasattr(self._model, "encode") or not hasattr(self._model, "max_positions"):
             raise UserError(f"--harness: {type(self._model).__name__} is no causal language model, which it is for")
         check_no_prompt(self._task, "--harness")
