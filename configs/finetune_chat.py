@@ -80,13 +80,12 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def lora(config: ConfigDict, base_format: str = "float32") -> ConfigDict:
-    targets = ["layers/.*/kernel$"]
     config.task = dict(
         call="research.tasks.lora.LoRA",
         rank=16,
         alpha=16.0,
         dropout=0.1,
-        targets=targets,
+        targets=["layers/.*/kernel$"],
         base_format=base_format,
         task=config.task,
     )

@@ -7,9 +7,8 @@ Hardware: 2 CPU cores, 3 to 5 minutes.
 `:lora` trains low-rank adapters and the head alone. `:qlora`, `:dora`, `:ia3`, `:prompt` and `:bias` are
 other ways to train little beside the head: low-rank adapters on a base in 4 bits (Dettmers 2023), or with magnitudes,
 vectors that multiply activations, a prompt of 20 learned vectors, and the biases (Ben Zaken 2021); what accuracy they
-reach was not measured. `:tiny`, and
-each of these with `-tiny` behind its name, need neither network nor files and take seconds. --mode=sweep tries three
-rates with three seeds each.
+reach was not measured. `:tiny`, and each of these with `-tiny` behind its name, need neither network nor files and take
+seconds. --mode=sweep tries three rates with three seeds each.
 """
 
 from typing import Any

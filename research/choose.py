@@ -18,7 +18,7 @@ import rich.table
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from research import assets, plan, sharding, storage, train
+from research import plan, sharding, storage, train
 from research.analysis import transferability
 from research.analysis.transferability import Score
 from research.configuration import overrides
@@ -197,9 +197,7 @@ def _features(experiment: Experiment, examples: int) -> tuple[np.ndarray, np.nda
             return stored["features"], stored["labels"]
     features, labels = _extract(experiment, params, [source[i] for i in chosen])
     if path is not None:
-        buffer = io.BytesIO()
-        np.savez(buffer, features=features, labels=labels)
-        storage.write(path, buffer.getvalue())
+        storage.write_arrays(path, {"features": features, "labels": labels})
     return features, labels
 
 
@@ -209,11 +207,8 @@ def _cached(experiment: Experiment, params: Params, chosen: Sequence[int]) -> pa
     flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
     encoder = {name: leaf for name, leaf in flat.items() if not name.startswith("head")}
     model = str(experiment.task.model)
-    try:
-        key = keys.key_of(VERSION, encoder, model, data.source, list(data.ops), list(data.features), list(chosen))
-    except (keys.UnknownError, RecursionError):
-        return None
-    return assets.cache_dir() / "features" / f"{key}.npz"
+    read = (data.source, list(data.ops), list(data.features), list(chosen))
+    return keys.cached("features", VERSION, encoder, model, *read)
 
 
 def _extract(

@@ -6,7 +6,6 @@ It is kept in the cache, under a key of the parameters, the model and the data. 
 
 import dataclasses
 import functools
-import io
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -16,8 +15,9 @@ import flax.traverse_util
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from research import assets, sharding, storage
+from research import sharding, storage
 from research.data import keys
 from research.data.beside import ROW, beside, count, numbered
 from research.data.dataset import Dataset
@@ -94,11 +94,9 @@ def _beside(experiment: Experiment, datasets: Mapping[str, Dataset], check: Call
     for name, data in datasets.items():
         path = _path(experiment, task, weights, data)
         if (values := _read(path, task, count(data))) is None:
-            values = _computed(experiment, passing, params, name, data, check)
+            values = _computed(task, passing, params, name, data, experiment.mesh, check)
             if path is not None and jax.process_index() == 0:
-                buffer = io.BytesIO()
-                np.savez(buffer, allow_pickle=False, **values)
-                storage.write(path, buffer.getvalue())
+                storage.write_arrays(path, values)
         made[name] = beside(data, values)
     return made
 
@@ -112,17 +110,21 @@ def _of_batch(task: Precomputes, params: Params, batch: Batch) -> dict[str, jax.
 
 
 def _computed(
-    experiment: Experiment, passing: Callable, params: Params, name: str, data: Dataset, check: Callable[[], None]
+    task: Precomputes,
+    passing: Callable,
+    params: Params,
+    name: str,
+    data: Dataset,
+    mesh: Mesh,
+    check: Callable[[], None],
 ) -> Values:
     """Return the numbers [N] of all rows, computed once each."""
-    task = _computing(experiment)
-    assert task is not None
     total, told = count(data), time.monotonic()
     values = {feature: np.zeros(total, np.float32) for feature in task.precomputed}
     progress = Progress(-(-total // data.batch_size), 0)
     try:
         with progress, progress.phase(f"{task.precomputed_title}: {total:,} rows of config.{name}"):
-            every = batches.run(passing, params, numbered(data), experiment.mesh, check)
+            every = batches.run(passing, params, numbered(data), mesh, check)
             for number, found in enumerate(every, start=1):
                 real = found["mask"] > 0
                 for feature in values:
@@ -146,11 +148,7 @@ def _path(experiment: Experiment, task: Precomputes, weights: list[str], data: D
     """Return where the numbers of a dataset's rows are kept; None where what it holds has no key."""
     model = experiment.task.model
     code = [VERSION, str(model), type(model), type(experiment.plain_task), list(task.precomputed)]
-    try:
-        key = keys.key_of(code, weights, data.source, list(data.ops), list(data.features))
-    except (keys.UnknownError, RecursionError):
-        return None
-    return assets.cache_dir() / "precomputed" / f"{key}.npz"
+    return keys.cached("precomputed", code, weights, data.source, list(data.ops), list(data.features))
 
 
 def _read(path: pathlib.Path | None, task: Precomputes, total: int) -> Values | None:

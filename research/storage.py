@@ -11,6 +11,7 @@ Credentials are those that the drivers find: gcloud's or AWS's own files and var
 import contextlib
 import hashlib
 import importlib
+import io
 import logging
 import os
 import pathlib
@@ -21,8 +22,10 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
+
+import numpy as np
 
 from research.errors import UserError, nearest
 
@@ -217,6 +220,13 @@ def make_folder(folder: pathlib.Path) -> None:
     """Make a folder and those above it; in a bucket there is nothing to make."""
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_arrays(file: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as an npz file; see `write`."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write(file, buffer.getvalue())
 
 
 def write(file: Any, content: bytes) -> None:

@@ -168,8 +168,9 @@ def _parameters(node: Mapping[str, Any] | ConfigDict, name: str) -> dict[str, An
     from research.build import locate  # here, as it takes seconds that a mistyped command line should not
     from research.experiment import KEYS, PLAN_KEYS, SECTIONS
 
-    if name in ("config", "config.plan"):
-        return dict.fromkeys(KEYS if name == "config" else PLAN_KEYS)
+    plain = {"config": KEYS, "config.plan": PLAN_KEYS}
+    if name in plain:
+        return dict.fromkeys(plain[name])
     call = node.get("call") or SECTIONS.get(name.removeprefix("config."))
     if not call:
         return {}

@@ -14,11 +14,20 @@ import numpy as np
 import tokenizers
 from tensorflow_datasets.core.data_sources.base import BaseDataSource
 
+from research import storage
 from research.data.tokenizer import Tokenizer
 
 
 class UnknownError(Exception):
     """Something has no key, since what it stands for cannot be seen in it."""
+
+
+def cached(kind: str, *values: Any) -> pathlib.Path | None:
+    """Return where arrays of a kind are kept, in the cache under the key of `values`; None where these have none."""
+    try:
+        return storage.cache_dir() / kind / f"{key_of(*values)}.npz"
+    except (UnknownError, RecursionError):
+        return None
 
 
 def key_of(*values: Any) -> str:
